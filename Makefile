@@ -1,0 +1,64 @@
+# Every target that needs the environment makes it first: .venv, filled from requirements/lock.txt.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := requirements/lock.txt
+STAMP := $(VENV)/.installed
+TORCH := $(shell sed -n 's/^torch==//p' $(LOCK))
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# The interpreter that makes .venv: `make test PYTHON=python3.12` chooses another.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
+	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+
+.PHONY: help setup demo test test-slow quality style lock clean
+
+help:  ## show these lines
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## create .venv and install the locked environment (the targets below do it by themselves)
+
+demo: $(STAMP)  ## segment drawn street scenes, dense and merged; the picture goes to demo_output/
+	$(BIN)/ailurus-hf demo --out demo_output
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(STAMP)  ## run the slow tests, which `make test` leaves out
+	$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)
+
+quality: $(STAMP)  ## check style (ruff) and types (mypy)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(STAMP)  ## repair what ruff can repair
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock:  ## write requirements/lock.txt anew: same torch, newest of the rest
+	$(if $(PYTHON),,$(error Python 3.11 or newer with venv not found: set PYTHON=/path/to/python3.11))
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --upgrade --quiet "torch==$(TORCH)" "setuptools>=77.0.3"
+	build/lock/bin/python -m pip install --quiet ".[dev]"
+	@{ sed -n '/^#/p' $(LOCK); build/lock/bin/python -m pip freeze --all \
+		| sed -E 's/^(torch==[^+]*)[+].*/\1/' \
+		| grep -v -i -E '^(ailurus-hf|pip|wheel|nvidia-.*|cuda-.*|triton)([ =]|$$)'; } > $(LOCK).new
+	mv $(LOCK).new $(LOCK)
+	rm -rf build/lock
+
+clean:  ## remove .venv, caches and build output
+	rm -rf $(VENV) build dist demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(STAMP): $(LOCK) pyproject.toml
+	$(if $(PYTHON),,$(error Python 3.11 or newer with venv not found: set PYTHON=/path/to/python3.11))
+	@echo "Setting up $(VENV) from $(LOCK): once, a few minutes"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement $(LOCK)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(BIN)/python -m pip check
+	@touch $@

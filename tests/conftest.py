@@ -1,0 +1,60 @@
+"""What every test starts from: no network, a Hugging Face cache of its own, fixed seeds, deprecations as errors."""
+
+import logging
+import os
+import random
+import tempfile
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+THREADS = min(2, os.cpu_count() or 1)
+
+settings.register_profile(
+    "ailurus",
+    max_examples=20,
+    deadline=None,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("ailurus")
+
+
+class RaiseOnDeprecation(logging.Handler):
+    """transformers announces deprecations through its logger, where `filterwarnings = error` does not reach."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecat" in message.lower():
+            raise DeprecationWarning(f"logged by {record.name}: {message}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set what Hugging Face libraries read on import; subprocesses inherit it."""
+    cache = tempfile.TemporaryDirectory(prefix="ailurus_hf_tests_", ignore_cleanup_errors=True)
+    config.add_cleanup(cache.cleanup)
+    os.environ |= {
+        "HF_HOME": cache.name,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "MPLBACKEND": "Agg",
+        "OMP_NUM_THREADS": str(THREADS),
+    }
+    logging.getLogger("transformers").addHandler(RaiseOnDeprecation(logging.WARNING))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    import torch
+
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  the global generator is what libraries under test draw from
+    torch.manual_seed(0)
