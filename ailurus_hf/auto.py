@@ -1,0 +1,37 @@
+"""Registers the models with transformers' auto classes: the one place that does."""
+
+from typing import Any
+
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+)
+
+from .modeling.configuration_ailurus import AiluRusConfig
+from .modeling.image_processing_ailurus import AiluRusImageProcessor
+from .modeling.modeling_ailurus import (
+    AiluRusBackbone,
+    AiluRusForImageClassification,
+    AiluRusForSemanticSegmentation,
+    AiluRusModel,
+)
+
+# Per configuration class: auto class -> model class. `ailurus_hf.hub` writes the same table into exported checkpoints.
+AUTO_MODELS: dict[type[Any], dict[type[Any], type[Any]]] = {
+    AiluRusConfig: {
+        AutoModel: AiluRusModel,
+        AutoBackbone: AiluRusBackbone,
+        AutoModelForSemanticSegmentation: AiluRusForSemanticSegmentation,
+        AutoModelForImageClassification: AiluRusForImageClassification,
+    },
+}
+
+for config_class, models in AUTO_MODELS.items():
+    AutoConfig.register(config_class.model_type, config_class)
+    AutoImageProcessor.register(config_class, image_processor_classes={"pil": AiluRusImageProcessor})
+    for auto_class, model_class in models.items():
+        auto_class.register(config_class, model_class)

@@ -1,0 +1,358 @@
+"""The conversion engine, shared by all recipes: read safely, apply rules, check strictly, write, verify, rename.
+
+Each key of the source is consumed by exactly one rule, each rule is used (unless optional), and the result must have
+exactly the tensors of the model that the source's settings describe. What fails leaves nothing on disk.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import reduce
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from warnings import warn
+
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedModel
+
+from .._files import atomic_directory, check_output_directory
+from ..model_card import CardSource, build_model_card
+from .reading import CheckpointError, CheckpointWarning, file_sha256
+from .recipe import Plan, Recipe, SourceCheckpoint
+from .report import ConversionReport, KeyRow
+from .rules import Drop, Rename, Rule, SplitRows, Transpose, fill, match, source_of
+from .verification import quiet_transformers, verify_checkpoint
+
+__all__ = ["KeyMapping", "check_rules_used", "convert_checkpoint", "map_keys"]
+
+RECIPES = {"segmenter": "segmenter"}  # name -> module of this folder with its RECIPE
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
+_SHOWN = 4  # keys named in an error before "and N more"
+
+
+@dataclass(frozen=True)
+class KeyMapping:
+    """One source key, the rule that consumes it and the names it gets (none if dropped)."""
+
+    source: str
+    rule: Rule
+    targets: tuple[str, ...]
+
+
+def convert_checkpoint(
+    recipe: str,
+    source: str | Path,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: str | int = "5GB",
+    verify: bool = True,
+    dry_run: bool = False,
+    license: str = "unknown",
+    progress: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> ConversionReport:
+    """Convert a checkpoint of another project into an AiluRus checkpoint that `from_pretrained` loads.
+
+    The folder holds `config.json`, the weights as safetensors, `preprocessor_config.json` and a model card. It appears
+    only when everything succeeded.
+
+    Args:
+        recipe: the source format: "segmenter".
+        source: the checkpoint, a folder or a file.
+        output: the folder to write.
+        overwrite: replace an existing checkpoint folder.
+        dtype: dtype of the saved weights, "float32", "float16" or "bfloat16"; by default the source's.
+        max_shard_size: largest weight file, such as "5GB".
+        verify: load the result again and compare its logits, with nothing merged, with the source's own formulas (and
+            with `pixel_values` / `logits` of a `golden.safetensors` beside the source); more than 1e-4 is an error.
+        dry_run: check everything and return the report, but write nothing.
+        license: licence of the weights for the model card, an identifier that the Hugging Face Hub knows.
+        progress: called with a short text at each step.
+        settings: fields of `AiluRusConfig` to set: `keep_ratio`, `cluster_layer` (default: 2, or less when the model is
+            too shallow), `id2label`, ...
+
+    Returns:
+        What was done.
+
+    Raises:
+        CheckpointError: the source is unreadable or unsafe, does not fit its settings, or fails verification.
+        FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError: about source or output.
+        ValueError, TypeError: about an argument.
+    """
+    tell = progress or (lambda text: None)
+    chosen = _find_recipe(recipe)
+    target_dtype = _parse_dtype(dtype)
+    _check_shard_size(max_shard_size)
+    _check_output(output, source, overwrite)
+
+    tell(f"reading {source}")
+    checkpoint = replace(chosen.read(source), overrides=settings)
+    plan = chosen.plan(checkpoint)
+    tell(f"mapping {len(checkpoint.tensors)} tensors")
+    skeleton = _build_skeleton(plan, settings)
+    mappings = map_keys(plan.rules, checkpoint.tensors)
+    tensors = _convert_tensors(plan, checkpoint, mappings, skeleton, target_dtype)
+    not_finite = _not_finite(mappings, tensors)
+    report = _report(recipe, checkpoint, Path(output), mappings, tensors, (*plan.notes, *_finite_note(not_finite)))
+    if not dry_run:
+        with atomic_directory(output, overwrite, marker="config.json") as folder, quiet_transformers():
+            tell(f"writing {output}")
+            _save(folder, skeleton, tensors, plan, max_shard_size)
+            _card(chosen, report, skeleton, license).save(folder / "README.md")
+            verification = None
+            if verify and not not_finite:
+                tell("verifying: loading the result and comparing its logits with the source's")
+                verification = verify_checkpoint(folder, plan, checkpoint, tensors)
+        report = replace(report, written=True, verification=verification)
+    for note in report.warnings:
+        warn(note, CheckpointWarning, stacklevel=2)
+    return report
+
+
+def map_keys(rules: Sequence[Rule], keys: Iterable[str]) -> list[KeyMapping]:
+    """Find the one rule that consumes each source key. Works on names alone.
+
+    Raises:
+        CheckpointError: no rule knows a key, or two source keys would get the same name.
+        RuntimeError: two rules claim a key, a mistake in the recipe.
+    """
+    mappings, unknown = [], []
+    taken: dict[str, str] = {}
+    for key in keys:
+        found = [(rule, values) for rule in rules if (values := match(rule, key)) is not None]
+        if len(found) > 1:
+            raise RuntimeError(f"{len(found)} rules of the recipe claim {key}: {[rule.pattern for rule, _ in found]}")
+        if not found:
+            unknown.append(key)
+            continue
+        rule, values = found[0]
+        mapping = KeyMapping(key, rule, tuple(fill(target, values) for target in rule.targets))
+        for target in mapping.targets:
+            if target in taken:
+                raise CheckpointError(f"{taken[target]} and {key} of the checkpoint would both become {target}")
+            taken[target] = key
+        mappings.append(mapping)
+    if unknown:
+        raise CheckpointError(f"the checkpoint holds {_count(unknown)} unknown to this recipe: {_some(unknown)}")
+    return mappings
+
+
+def check_rules_used(rules: Sequence[Rule], mappings: Sequence[KeyMapping]) -> None:
+    """Check that each rule not marked optional consumed a key.
+
+    Raises:
+        CheckpointError: a rule found nothing, so the source is not of the kind that the recipe describes.
+    """
+    used = {mapping.rule for mapping in mappings}
+    idle = [rule.pattern for rule in rules if rule not in used and not rule.optional]
+    if idle:
+        raise CheckpointError(f"the checkpoint lacks what this recipe expects: no tensor matches {_some(idle)}")
+
+
+def _convert_tensors(
+    plan: Plan,
+    checkpoint: SourceCheckpoint,
+    mappings: Sequence[KeyMapping],
+    skeleton: PreTrainedModel,
+    dtype: torch.dtype | None,
+) -> dict[str, torch.Tensor]:
+    """The model's tensors by name, complete, of the right shapes, in one dtype, each with memory of its own."""
+    tensors: dict[str, torch.Tensor] = {}
+    for mapping in mappings:
+        tensors |= zip(mapping.targets, _transform(mapping, checkpoint.tensors[mapping.source]), strict=True)
+    _check_against_model(mappings, tensors, skeleton, plan.rules)
+    check_rules_used(plan.rules, mappings)
+    dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+    skeleton.to(dtype)
+    # safetensors refuses tensors that share memory, as the parts of a split one do
+    return {name: tensor.to(dtype, copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _transform(mapping: KeyMapping, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    match mapping.rule:
+        case Rename():
+            return (tensor,)
+        case Drop():
+            return ()
+        case Transpose():
+            if tensor.ndim != 2:
+                raise CheckpointError(f"{mapping.source} must be a matrix, got shape {tuple(tensor.shape)}")
+            return (tensor.T,)
+        case SplitRows(targets=targets):
+            if tensor.ndim == 0 or len(tensor) % len(targets) or len(tensor) == 0:
+                raise CheckpointError(
+                    f"{mapping.source} must have a number of rows that splits into {len(targets)} equal parts, "
+                    f"got shape {tuple(tensor.shape)}"
+                )
+            return tensor.chunk(len(targets))
+
+
+def _check_against_model(
+    mappings: Sequence[KeyMapping],
+    tensors: Mapping[str, torch.Tensor],
+    skeleton: PreTrainedModel,
+    rules: Sequence[Rule],
+) -> None:
+    """Check that the tensors are exactly the model's, in names and shapes; errors speak of the source's keys."""
+    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    extra = [m.source for m in mappings if any(target not in expected for target in m.targets)]
+    if extra:
+        raise CheckpointError(
+            f"unexpected {_count(extra)} in the checkpoint: {_some(extra)}; its settings describe no such tensor"
+        )
+    missing = [_source_name(name, rules) for name in expected if name not in tensors]
+    missing = list(dict.fromkeys(missing))
+    if missing:
+        raise CheckpointError(f"missing {_count(missing)} in the checkpoint: {_some(missing)}")
+    for mapping in mappings:
+        for name in mapping.targets:
+            if tuple(tensors[name].shape) != expected[name]:
+                raise CheckpointError(
+                    f"wrong shape of {mapping.source} in the checkpoint: it gives {name} the shape "
+                    f"{tuple(tensors[name].shape)}, but the model of its settings needs {expected[name]}"
+                )
+
+
+def _source_name(target: str, rules: Sequence[Rule]) -> str:
+    return next((name for rule in rules if (name := source_of(rule, target)) is not None), target)
+
+
+def _build_skeleton(plan: Plan, settings: Mapping[str, Any]) -> PreTrainedModel:
+    """The model of the plan's settings and the user's, without memory for its weights."""
+    package = import_module(__package__.rpartition(".")[0])
+    config_class = package.AiluRusConfig
+    known = {field.name for field in fields(config_class)} | {"id2label", "label2id", "num_labels"}
+    for name in settings:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise TypeError(f"unknown setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    merged = {**plan.config, **_label_settings(plan, settings)}
+    depth = merged["num_hidden_layers"] - merged.get("tail_layers", 0)
+    merged.setdefault("cluster_layer", max(0, min(2, depth - 1)))
+    try:
+        config = config_class(**merged)
+    except StrictDataclassError as error:  # not a ValueError, and its text has several lines
+        raise ValueError(" ".join(str(error).split())) from error
+    with torch.device("meta"):
+        return getattr(package, plan.model_class)(config)
+
+
+def _label_settings(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with `id2label` checked against the source's number of classes, and `label2id` derived from it."""
+    merged = dict(settings)
+    names = merged.pop("id2label", None)
+    if names is None:
+        return merged
+    num_labels = plan.config["num_labels"]
+    try:
+        id2label = {int(index): str(label) for index, label in dict(names).items()}
+    except (TypeError, ValueError):
+        raise ValueError(f"id2label must map class numbers to names, got {names!r}") from None
+    if sorted(id2label) != list(range(num_labels)):
+        raise ValueError(
+            f"id2label must name the classes 0 to {num_labels - 1} of the checkpoint, got {_some(sorted(id2label))}"
+        )
+    return {**merged, "id2label": id2label, "label2id": {label: index for index, label in id2label.items()}}
+
+
+def _save(
+    folder: Path, skeleton: PreTrainedModel, tensors: Mapping[str, torch.Tensor], plan: Plan, max_shard_size: str | int
+) -> None:
+    package = import_module(__package__.rpartition(".")[0])
+    skeleton.save_pretrained(
+        folder, state_dict=dict(tensors), max_shard_size=max_shard_size, save_original_format=False
+    )
+    package.AiluRusImageProcessor(**plan.processor).save_pretrained(folder)
+
+
+def _card(recipe: Recipe, report: ConversionReport, skeleton: PreTrainedModel, license: str) -> ModelCard:
+    source = CardSource(
+        recipe.title, report.source.name, report.sha256, recipe.url, recipe.citation, recipe=report.recipe
+    )
+    return build_model_card(skeleton.config, source=source, license=license, model_class=type(skeleton).__name__)
+
+
+def _report(
+    recipe: str,
+    checkpoint: SourceCheckpoint,
+    output: Path,
+    mappings: Sequence[KeyMapping],
+    tensors: Mapping[str, torch.Tensor],
+    notes: tuple[str, ...],
+) -> ConversionReport:
+    return ConversionReport(
+        recipe=recipe,
+        source=checkpoint.weights_path,
+        sha256=file_sha256(checkpoint.weights_path),
+        output=output,
+        written=False,
+        dtype=str(next(iter(tensors.values())).dtype).removeprefix("torch."),
+        num_tensors=len(tensors),
+        num_parameters=sum(tensor.numel() for tensor in tensors.values()),
+        dropped={mapping.source: mapping.rule.reason for mapping in mappings if isinstance(mapping.rule, Drop)},
+        warnings=notes,
+        key_table=tuple(
+            KeyRow(m.source, tuple(checkpoint.tensors[m.source].shape), type(m.rule).__name__, m.targets)
+            for m in mappings
+        ),
+        verification=None,
+    )
+
+
+def _not_finite(mappings: Sequence[KeyMapping], tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Source keys whose values, as saved, hold NaN or infinity."""
+    return [m.source for m in mappings if not all(bool(tensors[name].isfinite().all()) for name in m.targets)]
+
+
+def _finite_note(not_finite: Sequence[str]) -> list[str]:
+    if not not_finite:
+        return []
+    return [
+        f"NaN or infinite weights in {_some(not_finite)}: the model's output will not be usable, "
+        "and the result cannot be verified"
+    ]
+
+
+def _find_recipe(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(map(repr, RECIPES))}, got {name!r}")
+    recipe: Recipe = import_module(f".{RECIPES[name]}", __package__).RECIPE
+    return recipe
+
+
+def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or dtype in DTYPES.values():
+        return dtype  # type: ignore[return-value]  # the membership test tells what mypy cannot see
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {dtype!r}")
+    return DTYPES[dtype]
+
+
+def _check_shard_size(size: str | int) -> None:
+    if isinstance(size, bool) or not (
+        (isinstance(size, int) and size > 0) or (isinstance(size, str) and _SHARD_SIZE.fullmatch(size.strip()))
+    ):
+        raise ValueError(f"max_shard_size must be a size such as '5GB' or '500MB', got {size!r}")
+
+
+def _check_output(output: str | Path, source: str | Path, overwrite: bool) -> None:
+    """Check the output before the long work starts."""
+    target = check_output_directory(output, overwrite, marker="config.json")
+    if target in (path := Path(source).resolve(), *path.parents):
+        raise ValueError(f"output must not be the source or a folder around it, got {output}")
+
+
+def _count(keys: Sequence[str]) -> str:
+    return "key" if len(keys) == 1 else f"{len(keys)} keys"
+
+
+def _some(keys: Sequence[Any]) -> str:
+    shown = ", ".join(map(str, keys[:_SHOWN]))
+    return shown if len(keys) <= _SHOWN else f"{shown} and {len(keys) - _SHOWN} more"

@@ -1,0 +1,138 @@
+"""The model card (`README.md`) of a saved AiluRus checkpoint."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+__all__ = ["AILURUS_CITATION", "CardSource", "build_model_card"]
+
+PROJECT_TAGS = ["ailurus", "vision-transformer", "token-reduction"]
+TASKS = {
+    "AiluRusForSemanticSegmentation": ("image-segmentation", "AutoModelForSemanticSegmentation"),
+    "AiluRusForImageClassification": ("image-classification", "AutoModelForImageClassification"),
+    "AiluRusModel": ("image-feature-extraction", "AutoModel"),
+    "AiluRusBackbone": ("image-feature-extraction", "AutoBackbone"),
+}
+
+AILURUS_CITATION = """@inproceedings{li2023ailurus,
+  title     = {AiluRus: A Scalable ViT Framework for Dense Prediction},
+  author    = {Li, Jin and Wang, Yaoming and Zhang, Xiaopeng and Shi, Bowen and Jiang, Dongsheng and Li, Chenglin and
+               Dai, Wenrui and Xiong, Hongkai and Tian, Qi},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2023},
+  note      = {arXiv:2311.01197}
+}"""
+
+
+@dataclass(frozen=True)
+class CardSource:
+    """Where a converted checkpoint comes from.
+
+    Args:
+        title: the source project, such as "official Segmenter".
+        file_name: the file the weights come from, without its folder.
+        sha256: its hash, in hexadecimal.
+        url: the source project's page.
+        citation: BibTeX of its paper, or "".
+        recipe: name of the conversion recipe.
+    """
+
+    title: str
+    file_name: str
+    sha256: str
+    url: str = ""
+    citation: str = ""
+    recipe: str = ""
+
+
+def build_model_card(
+    config: Any,
+    *,
+    source: CardSource | None = None,
+    license: str = "unknown",
+    model_class: str = "AiluRusForSemanticSegmentation",
+    remote_code: bool = False,
+    repo: str = "path/to/this/folder",
+) -> ModelCard:
+    """Build the model card of a checkpoint: what it is, its budget, how to load it, licence and citation.
+
+    Args:
+        config: the model's `AiluRusConfig`.
+        source: where converted weights come from; `None` for weights trained with this package.
+        license: licence of the weights, an identifier that the Hugging Face Hub knows.
+        model_class: public name of the model class.
+        remote_code: whether the folder carries the model's code, for loading without this package.
+        repo: name or path shown in the loading example.
+    """
+    task, _ = TASKS[model_class]
+    data = ModelCardData(license=license, library_name="transformers", pipeline_tag=task, tags=PROJECT_TAGS)
+    sections = [
+        f"# {_title(source, model_class)}",
+        _description(config, source),
+        f"## How to load it\n\n{_usage(model_class, remote_code, repo)}",
+        f"## Licence\n\n{_licence(license, source)}",
+        f"## Citation\n\n{_citations(source)}",
+    ]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def _title(source: CardSource | None, model_class: str) -> str:
+    return f"AiluRus from {source.title}" if source else model_class
+
+
+def _description(config: Any, source: CardSource | None) -> str:
+    height, width = config.grid_size
+    budget = f"{config.num_clusters} tokens" if config.num_clusters else f"{config.keep_ratio:.0%} of the tokens"
+    lines = [
+        "A plain vision transformer that runs most of its layers on fewer tokens: after "
+        f"{config.cluster_layer} layers similar neighbouring patches are merged, and the full grid comes back at the "
+        "end (AiluRus, arXiv 2311.01197).",
+        "",
+        f"- Encoder: {config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads, "
+        f"patches of {config.patch_size} pixels, positions for a {height} x {width} grid; any image size works.",
+        f"- Budget: {budget} from layer {config.cluster_layer} on; change it at load with `keep_ratio=...` "
+        "(1 merges nothing).",
+        f"- Classes: {config.num_labels}.",
+    ]
+    if source is not None:
+        origin = f"[{source.title}]({source.url})" if source.url else source.title
+        lines.append(f"- Converted from {origin}: `{source.file_name}`, SHA-256 `{source.sha256}`.")
+    return "\n".join(lines)
+
+
+def _usage(model_class: str, remote_code: bool, repo: str) -> str:
+    package, load, arguments = "ailurus_hf", model_class, ""
+    if remote_code:
+        package, load, arguments = "transformers", TASKS[model_class][1], ", trust_remote_code=True"
+    imports = [f"from {package} import {load}", "from transformers import AutoImageProcessor"]
+    if remote_code:
+        imports = [f"from transformers import AutoImageProcessor, {load}"]
+    code = [
+        "import torch",
+        "from PIL import Image",
+        *imports,
+        "",
+        f'processor = AutoImageProcessor.from_pretrained("{repo}"{arguments})',
+        f'model = {load}.from_pretrained("{repo}", keep_ratio=0.25{arguments}).eval()',
+        "",
+        'inputs = processor(Image.open("photo.jpg"), return_tensors="pt")',
+        "with torch.no_grad():",
+        "    outputs = model(**inputs)",
+    ]
+    note = "" if remote_code else "Needs `pip install ailurus-hf`.\n\n"
+    return note + "```python\n" + "\n".join(code) + "\n```"
+
+
+def _licence(license: str, source: CardSource | None) -> str:
+    if source is None:
+        return f"The weights: `{license}`."
+    return (
+        f"The weights: `{license}`. They were converted, not changed, so the terms of the source checkpoint apply to "
+        "them; set the `license` field above accordingly before publishing."
+    )
+
+
+def _citations(source: CardSource | None) -> str:
+    entries = [AILURUS_CITATION] + ([source.citation] if source and source.citation else [])
+    return "```bibtex\n" + "\n\n".join(entries) + "\n```"

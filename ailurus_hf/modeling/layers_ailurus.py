@@ -1,0 +1,151 @@
+"""Transformer layers of the AiluRus models: size-weighted attention, MLP, LayerScale, stochastic depth."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_ailurus import AiluRusConfig
+from .token_merging import size_weighted_attention
+
+
+class LayerShape(NamedTuple):
+    """What the layers of the encoder and of the mask transformer have in common, and differ in."""
+
+    num_attention_heads: int
+    intermediate_size: int
+    layer_norm_eps: float
+    dropout: float
+    drop_path_rate: float = 0.0
+    qkv_bias: bool = True
+    layerscale_value: float | None = None
+    use_swiglu_ffn: bool = False
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out, for `attn_implementation="eager"`: the one that returns its weights."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    output = F.dropout(weights, p=dropout, training=module.training) @ value
+    return output.transpose(1, 2), weights
+
+
+class AiluRusAttention(nn.Module):
+    """Multi-head self-attention, size-weighted when sizes are given."""
+
+    is_causal = False
+
+    def __init__(self, config: AiluRusConfig, shape: LayerShape):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // shape.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=shape.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=shape.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=shape.qkv_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        def split_heads(states: Tensor) -> Tensor:
+            return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+        implementation = self.config._attn_implementation
+        output, weights = size_weighted_attention(
+            ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward),
+            implementation,
+            self,
+            split_heads(self.q_proj(hidden_states)),
+            split_heads(self.k_proj(hidden_states)),
+            split_heads(self.v_proj(hidden_states)),
+            log_sizes,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+        )
+        return self.o_proj(output.flatten(2)), weights
+
+
+class AiluRusMLP(nn.Module):
+    def __init__(self, config: AiluRusConfig, shape: LayerShape):
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, shape.intermediate_size)
+        self.fc2 = nn.Linear(shape.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class AiluRusSwiGLUFFN(nn.Module):
+    """Gated MLP; the rows of `weights_in` are the gate, then the value."""
+
+    def __init__(self, config: AiluRusConfig, shape: LayerShape):
+        super().__init__()
+        self.weights_in = nn.Linear(config.hidden_size, 2 * shape.intermediate_size)
+        self.weights_out = nn.Linear(shape.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gate, value = self.weights_in(hidden_states).chunk(2, dim=-1)
+        return self.weights_out(F.silu(gate) * value)
+
+
+class AiluRusLayerScale(nn.Module):
+    def __init__(self, hidden_size: int, initial_value: float):
+        super().__init__()
+        self.initial_value = initial_value
+        self.lambda1 = nn.Parameter(torch.full((hidden_size,), initial_value))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states * self.lambda1
+
+
+class AiluRusDropPath(nn.Module):
+    """Stochastic depth: drops the whole branch for some images of the batch while training."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return branch
+        keep = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.rate
+        return branch * keep / (1 - self.rate)
+
+
+class AiluRusLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer layer: attention, then MLP."""
+
+    def __init__(self, config: AiluRusConfig, shape: LayerShape):
+        super().__init__()
+        size, scale = config.hidden_size, shape.layerscale_value
+        self.layernorm_before = nn.LayerNorm(size, eps=shape.layer_norm_eps)
+        self.attention = AiluRusAttention(config, shape)
+        self.layer_scale1 = nn.Identity() if scale is None else AiluRusLayerScale(size, scale)
+        self.layernorm_after = nn.LayerNorm(size, eps=shape.layer_norm_eps)
+        self.mlp = (AiluRusSwiGLUFFN if shape.use_swiglu_ffn else AiluRusMLP)(config, shape)
+        self.layer_scale2 = nn.Identity() if scale is None else AiluRusLayerScale(size, scale)
+        self.dropout = nn.Dropout(shape.dropout)
+        self.drop_path = AiluRusDropPath(shape.drop_path_rate)
+
+    def forward(self, hidden_states: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Tokens (batch_size, T, hidden_size), and log sizes (batch_size, T) if they are merged, -> tokens, weights."""
+        attended, weights = self.attention(self.layernorm_before(hidden_states), log_sizes)
+        hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attended)))
+        transformed = self.mlp(self.layernorm_after(hidden_states))
+        return hidden_states + self.drop_path(self.layer_scale2(self.dropout(transformed))), weights

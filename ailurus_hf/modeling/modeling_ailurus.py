@@ -1,0 +1,541 @@
+"""Plain vision transformer with adaptive resolution (AiluRus, arXiv 2311.01197).
+
+The method is in `AiluRusModel._run_layers`: at `config.cluster_layer` the patch tokens are clustered and merged, the
+following layers run on the short sequence with size-weighted attention, and the full grid is unfolded afterwards.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    SemanticSegmenterOutput,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_ailurus import AiluRusConfig
+from .layers_ailurus import AiluRusLayer, AiluRusLayerScale, LayerShape
+from .token_clustering import cluster_tokens, resolve_num_clusters
+from .token_merging import TokenGroups, group_tokens, merge_tokens, unfold_tokens
+
+
+@dataclass
+class AiluRusModelOutput(BaseModelOutputWithPooling):
+    """Output of `AiluRusModel`.
+
+    Args:
+        last_hidden_state: (batch_size, prefix + N, hidden_size), the full grid after the final norm.
+        pooler_output: (batch_size, hidden_size), class token or mean of the patch tokens, see `config.pooling`.
+        hidden_states: of every layer, unfolded to the full grid, before the final norm; on request.
+        attentions: of every layer, (batch_size, num_heads, T, T); T counts the *merged* tokens in the layers that ran
+            on them, prefix tokens first; on request.
+        assignment: (batch_size, N) int64, each patch token's cluster.
+        group_sizes: (batch_size, M) int64, number of tokens in each cluster.
+    """
+
+    assignment: Tensor | None = None
+    group_sizes: Tensor | None = None
+
+
+@dataclass
+class AiluRusBackboneOutput(BackboneOutput):
+    """Feature maps on the full grid; grouping as in `AiluRusModelOutput`."""
+
+    assignment: Tensor | None = None
+    group_sizes: Tensor | None = None
+
+
+@dataclass
+class AiluRusSemanticSegmenterOutput(SemanticSegmenterOutput):
+    """`logits` (batch_size, num_labels, height, width) at the input's size; grouping as in `AiluRusModelOutput`."""
+
+    assignment: Tensor | None = None
+    group_sizes: Tensor | None = None
+
+
+@dataclass
+class AiluRusImageClassifierOutput(ImageClassifierOutput):
+    """`logits` (batch_size, num_labels); grouping as in `AiluRusModelOutput`."""
+
+    assignment: Tensor | None = None
+    group_sizes: Tensor | None = None
+
+
+class AiluRusPatchEmbeddings(nn.Module):
+    """Image to patch tokens. The image is padded with zeros at the right and bottom to whole patches."""
+
+    def __init__(self, config: AiluRusConfig):
+        super().__init__()
+        self.num_channels = config.num_channels
+        self.patch_size = config.patch_size
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Pixels (batch_size, num_channels, height, width) -> tokens (batch_size, N, hidden_size)."""
+        self._check(pixel_values)
+        height, width = pixel_values.shape[-2:]
+        padding = (0, -width % self.patch_size, 0, -height % self.patch_size)
+        patches = self.projection(F.pad(pixel_values, padding).to(self.projection.weight.dtype))
+        return patches.flatten(2).transpose(1, 2)
+
+    def _check(self, pixel_values: Tensor) -> None:
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                "pixel_values must be (batch_size, num_channels, height, width), got shape "
+                f"{tuple(pixel_values.shape)}; add the batch dimension with pixel_values[None]"
+            )
+        if pixel_values.shape[1] != self.num_channels:
+            raise ValueError(
+                f"pixel_values must have num_channels={self.num_channels} channels, got {pixel_values.shape[1]} "
+                f"in shape {tuple(pixel_values.shape)}"
+            )
+        if min(pixel_values.shape[-2:]) < self.patch_size:
+            raise ValueError(
+                f"pixel_values must be at least one patch of {self.patch_size} x {self.patch_size} pixels, got height "
+                f"and width {tuple(pixel_values.shape[-2:])}"
+            )
+
+
+class AiluRusEmbeddings(nn.Module):
+    """Patch tokens with learned positions, behind class, distillation and register tokens."""
+
+    def __init__(self, config: AiluRusConfig):
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        self.patch_embeddings = AiluRusPatchEmbeddings(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, size)) if config.use_cls_token else None
+        self.distillation_token = nn.Parameter(torch.zeros(1, 1, size)) if config.use_distillation_token else None
+        registers = config.num_register_tokens
+        self.register_tokens = nn.Parameter(torch.zeros(1, registers, size)) if registers else None
+        rows = config.num_position_rows_before_patches + config.grid_size[0] * config.grid_size[1]
+        self.position_embeddings = nn.Parameter(torch.zeros(1, rows, size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Pixels (batch_size, num_channels, height, width) -> tokens (batch_size, prefix + N, hidden_size)."""
+        patches = self.patch_embeddings(pixel_values)
+        patches = patches + self.patch_positions(self.config.patch_grid(*pixel_values.shape[-2:]))
+        prefix: list[Tensor | None] = [self.cls_token, self.distillation_token, self.register_tokens]
+        if self.config.num_prefix_tokens:
+            tokens = torch.cat([token for token in prefix if token is not None], dim=1)
+            positions = self.position_embeddings[:, : self.config.num_position_rows_before_patches]
+            tokens = tokens + F.pad(positions, (0, 0, 0, tokens.shape[1] - positions.shape[1]))
+            patches = torch.cat([tokens.expand(patches.shape[0], -1, -1), patches], dim=1)
+        return self.dropout(patches)
+
+    def patch_positions(self, grid: tuple[int, int]) -> Tensor:
+        """Learned positions (1, rows * columns, hidden_size), resized to `grid` the way the config prescribes."""
+        config, trained = self.config, self.config.grid_size
+        table = self.position_embeddings[:, config.num_position_rows_before_patches :]
+        if config.position_resize_rule == "count":
+            fits = grid[0] * grid[1] == trained[0] * trained[1]
+        else:
+            fits = grid == trained
+        if fits:
+            return table
+        table = table.reshape(1, *trained, -1).permute(0, 3, 1, 2)
+        size: dict[str, Any] = {"size": grid}
+        if config.position_offset:
+            scale = [(side + config.position_offset) / old for side, old in zip(grid, trained, strict=True)]
+            size = {"scale_factor": scale}
+        # In float32, as the original projects do: half precision interpolation moves the positions visibly.
+        resized = F.interpolate(
+            table.float(), mode=config.position_interpolation, antialias=config.position_antialias, **size
+        )
+        return resized.flatten(2).transpose(1, 2).to(self.position_embeddings.dtype)
+
+
+class MergedTokens(NamedTuple):
+    """What one forward needs to run on merged tokens and to come back.
+
+    Attributes:
+        groups: the clusters.
+        log_sizes: (batch_size, prefix + M) float32, logarithm of the sizes, 0 for prefix tokens.
+        residual: (batch_size, N, hidden_size), each token minus its cluster's mean; None for `unfold="copy"`.
+    """
+
+    groups: TokenGroups
+    log_sizes: Tensor
+    residual: Tensor | None
+
+
+class AiluRusMergeLayer(nn.Module):
+    """Clusters patch tokens and merges each cluster into its mean; prefix tokens pass untouched. Has no parameters."""
+
+    def __init__(self, config: AiluRusConfig):
+        super().__init__()
+        self.config = config
+
+    def forward(self, hidden_states: Tensor, grid: tuple[int, int]) -> tuple[Tensor, MergedTokens | None]:
+        """(batch_size, prefix + N, hidden_size) -> (batch_size, prefix + M, hidden_size); None if nothing merges."""
+        config, num_prefix = self.config, self.config.num_prefix_tokens
+        num_tokens = grid[0] * grid[1]
+        num_clusters = resolve_num_clusters(num_tokens, config.keep_ratio, config.num_clusters)
+        if num_clusters == num_tokens:
+            return hidden_states, None
+        tokens = hidden_states[:, num_prefix:]
+        assignment, representatives = cluster_tokens(
+            tokens,
+            grid,
+            num_clusters,
+            num_neighbors=config.num_neighbors,
+            neighborhood_size=config.neighborhood_size,
+            spatial_alpha=config.spatial_alpha,
+        )
+        groups = group_tokens(assignment, num_clusters, representatives)
+        merged = merge_tokens(tokens, groups)
+        residual = tokens - unfold_tokens(merged, groups) if config.unfold == "residual" else None
+        log_sizes = F.pad(groups.sizes.float().log(), (num_prefix, 0))
+        hidden_states = torch.cat([hidden_states[:, :num_prefix], merged], dim=1)
+        return hidden_states, MergedTokens(groups, log_sizes, residual)
+
+    def unfold(self, hidden_states: Tensor, merged: MergedTokens) -> Tensor:
+        """(batch_size, prefix + M, hidden_size) -> (batch_size, prefix + N, hidden_size)."""
+        num_prefix = self.config.num_prefix_tokens
+        tokens = unfold_tokens(hidden_states[:, num_prefix:], merged.groups)
+        if merged.residual is not None:
+            tokens = tokens + merged.residual
+        return torch.cat([hidden_states[:, :num_prefix], tokens], dim=1)
+
+
+class AiluRusPreTrainedModel(PreTrainedModel):
+    config: AiluRusConfig
+    base_model_prefix = "ailurus"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the losses average over the batch at hand; the Trainer must divide
+    _no_split_modules = ["AiluRusEmbeddings", "AiluRusLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # Hidden states are unfolded before they are handed out, so the models collect them themselves: no capture hooks.
+    _can_record_outputs: dict[str, Any] = {}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, AiluRusEmbeddings):
+            for parameter in module.parameters(recurse=False):
+                init.trunc_normal_(parameter, std=std)
+        elif isinstance(module, AiluRusLayerScale):
+            init.constant_(module.lambda1, module.initial_value)
+        elif isinstance(module, AiluRusMaskTransformerHead):
+            init.trunc_normal_(module.class_tokens, std=std)
+
+
+class AiluRusModel(AiluRusPreTrainedModel):
+    """Plain vision transformer that runs all layers after `config.cluster_layer` on merged tokens."""
+
+    def __init__(self, config: AiluRusConfig):
+        super().__init__(config)
+        self.embeddings = AiluRusEmbeddings(config)
+        depth = config.num_hidden_layers
+        self.layers = nn.ModuleList(AiluRusLayer(config, _encoder_shape(config, index)) for index in range(depth))
+        self.merge = AiluRusMergeLayer(config)
+        eps = config.layer_norm_eps
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=eps) if config.use_final_norm else nn.Identity()
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> AiluRusModelOutput:
+        """Run the encoder.
+
+        Args:
+            pixel_values: (batch_size, num_channels, height, width), any height and width of at least one patch.
+            output_hidden_states: True for all, or the indices of those wanted (the others are None).
+            output_attentions: whether to return attention weights; needs `attn_implementation="eager"`.
+            kwargs: accepted for compatibility with callers that pass more, and ignored.
+        """
+        grid = self.config.patch_grid(*pixel_values.shape[-2:])
+        output = self._run_layers(self.embeddings(pixel_values), grid, output_hidden_states, output_attentions)
+        output.last_hidden_state = self.layernorm(output.last_hidden_state)
+        output.pooler_output = self._pool(output.last_hidden_state)
+        return output
+
+    def _run_layers(
+        self,
+        hidden_states: Tensor,
+        grid: tuple[int, int],
+        output_hidden_states: bool | int | list[int] | None,
+        output_attentions: bool | None,
+    ) -> AiluRusModelOutput:
+        wanted = _wanted_hidden_states(self.config, output_hidden_states)
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                "output_attentions=True needs attn_implementation='eager', got "
+                f"{self.config._attn_implementation!r}; call model.set_attn_implementation('eager') first"
+            )
+        all_hidden_states: tuple[Tensor | None, ...] = (hidden_states if 0 in wanted else None,)
+        all_attentions: tuple[Tensor | None, ...] = ()
+        merged_layers = self.config.merged_layers(len(self.layers))
+        merged, groups = None, None
+        for index, layer in enumerate(self.layers):
+            if index == merged_layers.start:
+                hidden_states, merged = self.merge(hidden_states, grid)
+                groups = merged.groups if merged is not None else None
+            hidden_states, weights = layer(hidden_states, None if merged is None else merged.log_sizes)
+            if merged is not None and index == merged_layers.stop - 1:
+                hidden_states, merged = self.merge.unfold(hidden_states, merged), None
+            dense = hidden_states
+            if merged is not None and index + 1 in wanted:
+                dense = self.merge.unfold(hidden_states, merged)
+            all_hidden_states += (dense if index + 1 in wanted else None,)
+            all_attentions += (weights,)
+        assignment, sizes = _grouping(groups, hidden_states, self.config.num_prefix_tokens)
+        return AiluRusModelOutput(
+            last_hidden_state=hidden_states,
+            hidden_states=all_hidden_states if wanted else None,
+            attentions=all_attentions if output_attentions else None,
+            assignment=assignment,
+            group_sizes=sizes,
+        )
+
+    def _pool(self, last_hidden_state: Tensor) -> Tensor:
+        pooling = self.config.pooling or ("cls" if self.config.use_cls_token else "mean")
+        if pooling == "cls":
+            return last_hidden_state[:, 0]
+        return last_hidden_state[:, self.config.num_prefix_tokens :].mean(1)
+
+
+def _encoder_shape(config: AiluRusConfig, index: int) -> LayerShape:
+    return LayerShape(
+        num_attention_heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        layer_norm_eps=config.layer_norm_eps,
+        dropout=config.hidden_dropout_prob,
+        drop_path_rate=config.drop_path_rate * index / max(config.num_hidden_layers - 1, 1),
+        qkv_bias=config.qkv_bias,
+        layerscale_value=config.layerscale_value,
+        use_swiglu_ffn=config.use_swiglu_ffn,
+    )
+
+
+def _wanted_hidden_states(config: AiluRusConfig, requested: bool | int | list[int] | None) -> set[int]:
+    """Indices of the hidden states to return, from a flag, an index or a list of indices (negative from the end)."""
+    count = config.num_hidden_layers + 1
+    if requested is None:
+        requested = config.output_hidden_states
+    if isinstance(requested, bool):
+        return set(range(count)) if requested else set()
+    indices = [requested] if isinstance(requested, int) else requested
+    return {index % count for index in indices if -count <= index < count}
+
+
+def _grouping(groups: TokenGroups | None, hidden_states: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
+    """Assignment and sizes; where nothing was merged, every token is its own cluster."""
+    if groups is not None:
+        return groups.assignment, groups.sizes
+    index = torch.arange(hidden_states.shape[1] - num_prefix, device=hidden_states.device)
+    assignment = index.expand(hidden_states.shape[0], -1)
+    return assignment, torch.ones_like(assignment)
+
+
+class AiluRusBackbone(BackboneMixin, AiluRusModel):
+    """`AiluRusModel` as a backbone: feature maps on the full grid at `config.out_features`."""
+
+    def __init__(self, config: AiluRusConfig):
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> AiluRusBackboneOutput:
+        """Arguments as in `AiluRusModel`. Feature maps are (batch_size, hidden_size, rows, columns) on the patch grid,
+        or (batch_size, prefix + N, hidden_size) with `config.reshape_hidden_states=False`; the final norm is applied
+        unless `config.apply_layernorm=False`."""
+        requested = _wanted_hidden_states(self.config, output_hidden_states)
+        stages = [self.stage_names.index(name) for name in self.out_features]
+        grid = self.config.patch_grid(*pixel_values.shape[-2:])
+        output = self._run_layers(self.embeddings(pixel_values), grid, sorted({*requested, *stages}), output_attentions)
+        return AiluRusBackboneOutput(
+            feature_maps=tuple(self._feature_map(output.hidden_states[stage], grid) for stage in stages),
+            hidden_states=tuple(h if i in requested else None for i, h in enumerate(output.hidden_states))
+            if requested
+            else None,
+            attentions=output.attentions,
+            assignment=output.assignment,
+            group_sizes=output.group_sizes,
+        )
+
+    def _feature_map(self, hidden_states: Tensor, grid: tuple[int, int]) -> Tensor:
+        if self.config.apply_layernorm:
+            hidden_states = self.layernorm(hidden_states)
+        if not self.config.reshape_hidden_states:
+            return hidden_states
+        return hidden_states[:, self.config.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid).contiguous()
+
+
+class AiluRusLinearHead(nn.Module):
+    """Segmenter's linear decoder: one linear layer on each patch token."""
+
+    def __init__(self, config: AiluRusConfig):
+        super().__init__()
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Patch tokens (batch_size, N, hidden_size) -> (batch_size, N, num_labels)."""
+        return self.classifier(patches)
+
+
+class AiluRusMaskTransformerHead(nn.Module):
+    """Segmenter's mask transformer (arXiv 2105.05633, section 3.2).
+
+    Class tokens join the patch tokens in a few transformer layers; the logit of a patch for a class is the cosine of
+    the two, normalised over classes.
+    """
+
+    def __init__(self, config: AiluRusConfig):
+        super().__init__()
+        size = config.hidden_size
+        shape = LayerShape(
+            # One head per 64 channels, whatever the encoder has: the original's rule.
+            num_attention_heads=config.decoder_num_attention_heads or max(size // 64, 1),
+            intermediate_size=config.decoder_intermediate_size or 4 * size,
+            layer_norm_eps=config.decoder_layer_norm_eps or config.layer_norm_eps,
+            dropout=config.decoder_dropout_prob,
+        )
+        self.projection = nn.Linear(size, size)
+        self.class_tokens = nn.Parameter(torch.zeros(1, config.num_labels, size))
+        self.layers = nn.ModuleList(AiluRusLayer(config, shape) for _ in range(config.decoder_num_layers))
+        self.layernorm = nn.LayerNorm(size, eps=shape.layer_norm_eps)
+        self.patch_projection = nn.Linear(size, size, bias=False)
+        self.class_projection = nn.Linear(size, size, bias=False)
+        self.mask_norm = nn.LayerNorm(config.num_labels, eps=shape.layer_norm_eps)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Patch tokens (batch_size, N, hidden_size) -> (batch_size, N, num_labels)."""
+        num_patches = patches.shape[1]
+        class_tokens = self.class_tokens.expand(patches.shape[0], -1, -1)
+        hidden_states = torch.cat([self.projection(patches), class_tokens], dim=1)
+        for layer in self.layers:
+            hidden_states, _ = layer(hidden_states)
+        hidden_states = self.layernorm(hidden_states)
+        patches = F.normalize(self.patch_projection(hidden_states[:, :num_patches]), dim=-1)
+        classes = F.normalize(self.class_projection(hidden_states[:, num_patches:]), dim=-1)
+        return self.mask_norm(patches @ classes.transpose(1, 2))
+
+
+class AiluRusForSemanticSegmentation(AiluRusPreTrainedModel):
+    """AiluRus encoder with one of Segmenter's two heads, see `config.decoder_type`."""
+
+    def __init__(self, config: AiluRusConfig):
+        super().__init__(config)
+        self.ailurus = AiluRusModel(config)
+        heads = {"linear": AiluRusLinearHead, "mask_transformer": AiluRusMaskTransformerHead}
+        self.decode_head = heads[config.decoder_type](config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> AiluRusSemanticSegmenterOutput:
+        """Segment images.
+
+        Args:
+            pixel_values: (batch_size, num_channels, height, width), any height and width of at least one patch.
+            labels: (batch_size, height, width) int64, class of each pixel; `config.semantic_loss_ignore_index` marks
+                pixels that the loss leaves out.
+            output_hidden_states, output_attentions, kwargs: as in `AiluRusModel`.
+        """
+        output = self.ailurus(pixel_values, output_hidden_states, output_attentions, return_dict=True)
+        height, width = pixel_values.shape[-2:]
+        grid = self.config.patch_grid(height, width)
+        patches = output.last_hidden_state[:, self.config.num_prefix_tokens :]
+        logits = self.decode_head(patches).transpose(1, 2).unflatten(2, grid)
+        # The padding that filled the last patches is upsampled with the rest and cut off, as in Segmenter.
+        padded = (grid[0] * self.config.patch_size, grid[1] * self.config.patch_size)
+        logits = F.interpolate(logits, size=padded, mode="bilinear")[..., :height, :width]
+        return AiluRusSemanticSegmenterOutput(
+            loss=None if labels is None else self._loss(logits, labels),
+            logits=logits,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            assignment=output.assignment,
+            group_sizes=output.group_sizes,
+        )
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        expected = (logits.shape[0], *logits.shape[-2:])
+        if labels.shape != expected:
+            raise ValueError(f"labels must be (batch_size, height, width) = {expected}, got {tuple(labels.shape)}")
+        return self.loss_function(logits, labels, ignore_index=self.config.semantic_loss_ignore_index)
+
+
+class AiluRusForImageClassification(AiluRusPreTrainedModel):
+    """AiluRus encoder with a linear classifier on the pooled output, see `config.pooling`."""
+
+    def __init__(self, config: AiluRusConfig):
+        super().__init__(config)
+        self.ailurus = AiluRusModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> AiluRusImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values: (batch_size, num_channels, height, width), any height and width of at least one patch.
+            labels: (batch_size,) int64, class of each image; or float, see `config.problem_type`.
+            output_hidden_states, output_attentions, kwargs: as in `AiluRusModel`.
+        """
+        output = self.ailurus(pixel_values, output_hidden_states, output_attentions, return_dict=True)
+        logits = self.classifier(output.pooler_output)
+        return AiluRusImageClassifierOutput(
+            loss=None if labels is None else self.loss_function(labels, logits, self.config),
+            logits=logits,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            assignment=output.assignment,
+            group_sizes=output.group_sizes,
+        )
+
+
+__all__ = [
+    "AiluRusBackbone",
+    "AiluRusForImageClassification",
+    "AiluRusForSemanticSegmentation",
+    "AiluRusModel",
+    "AiluRusPreTrainedModel",
+]

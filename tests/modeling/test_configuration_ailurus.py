@@ -1,0 +1,87 @@
+import math
+import re
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+
+from ailurus_hf import AiluRusConfig
+from ailurus_hf.modeling.configuration_ailurus import AdaptiveResolutionMixin
+from tests.factories import tiny_config
+
+BAD_SETTINGS = [
+    ({"keep_ratio": 0}, "above 0 and at most 1, got 0"),
+    ({"keep_ratio": -0.5}, "above 0 and at most 1, got -0.5"),
+    ({"keep_ratio": 1.5}, "above 0 and at most 1, got 1.5"),
+    ({"keep_ratio": math.nan}, "above 0 and at most 1, got nan"),
+    ({"keep_ratio": "half"}, "expected float, got str (value: 'half')"),
+    ({"num_clusters": 0}, "at least 1, got 0"),
+    ({"num_clusters": 3.0}, "expected int, got float (value: 3.0)"),
+    ({"cluster_layer": -1}, "at least 0, got -1"),
+    ({"num_neighbors": 0}, "at least 1, got 0"),
+    ({"neighborhood_size": 0}, "at least 1, got 0"),
+    ({"spatial_alpha": 1.1}, "between 0 and 1, got 1.1"),
+    ({"spatial_alpha": math.nan}, "between 0 and 1, got nan"),
+    ({"unfold": "sum"}, "one of 'residual', 'copy', got 'sum'"),
+    ({"tail_layers": -1}, "at least 0, got -1"),
+    ({"decoder_type": "fpn"}, "one of 'linear', 'mask_transformer', got 'fpn'"),
+    ({"position_interpolation": "nearest"}, "one of 'bicubic', 'bilinear', got 'nearest'"),
+    ({"patch_size": 0}, "at least 1, got 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS, ids=lambda value: str(value))
+def test_refuses_bad_values_at_construction_and_assignment(settings, message):
+    [(name, value)] = settings.items()
+    expected = rf"(?s)'{name}'.*{re.escape(message)}"
+    with pytest.raises(StrictDataclassError, match=expected):
+        tiny_config(**settings)
+    with pytest.raises(StrictDataclassError, match=expected):
+        setattr(tiny_config(), name, value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cluster_layer": 4}, "at most 3, got 4"),
+        ({"cluster_layer": 2, "tail_layers": 2}, "tail_layers=2 it must be at most 1, got 2"),
+        ({"num_attention_heads": 5}, "hidden_size must be a multiple of num_attention_heads=5, got 32"),
+        ({"image_size": (48, 7)}, "image_size must hold at least one patch of patch_size=8, got (48, 7)"),
+        ({"num_prefix_positions": 2}, "num_prefix_positions must be at most the number of prefix tokens 1, got 2"),
+        ({"pooling": "cls", "use_cls_token": False}, "pooling must be 'mean' or None when use_cls_token=False"),
+    ],
+    ids=str,
+)
+def test_refuses_settings_that_do_not_fit_together(settings, message):
+    with pytest.raises(StrictDataclassError, match=re.escape(message)):
+        tiny_config(**settings)
+
+
+def test_round_trip_keeps_every_field(tmp_path):
+    config = tiny_config(
+        keep_ratio=0.25,
+        image_size=(64, 32),
+        num_clusters=7,
+        num_labels=2,
+        id2label={0: "a", 1: "b"},
+        out_features=["stage2"],
+    )
+    config.save_pretrained(tmp_path)
+    loaded = AiluRusConfig.from_pretrained(tmp_path)
+    assert {**loaded.to_dict(), "image_size": None} == {**config.to_dict(), "image_size": None}
+    assert loaded.grid_size == (8, 4)
+    assert loaded.id2label == {0: "a", 1: "b"}
+
+
+def test_the_eight_settings_and_their_defaults():
+    defaults = {
+        "cluster_layer": 2, "keep_ratio": 0.5, "num_clusters": None, "num_neighbors": 1, "neighborhood_size": 50,
+        "spatial_alpha": 0.9, "unfold": "residual", "tail_layers": 0,
+    }  # fmt: skip
+    assert list(AdaptiveResolutionMixin.__dataclass_fields__) == list(defaults)
+    config = AiluRusConfig()
+    assert {name: getattr(config, name) for name in defaults} == defaults
+
+
+@pytest.mark.parametrize(("size", "grid"), [((48, 48), (6, 6)), ((49, 8), (7, 1)), ((1, 17), (1, 3))])
+def test_patch_grid_covers_the_image(size, grid):
+    assert tiny_config().patch_grid(*size) == grid

@@ -1,0 +1,234 @@
+"""The doors to transformers: auto classes, pipeline, saving, remote code, heads of other models."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+    DPTConfig,
+    DPTForDepthEstimation,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+    pipeline,
+)
+
+import ailurus_hf
+from ailurus_hf import (
+    AiluRusBackbone,
+    AiluRusConfig,
+    AiluRusForImageClassification,
+    AiluRusForSemanticSegmentation,
+    AiluRusImageProcessor,
+    AiluRusModel,
+    save_with_code,
+)
+from tests.factories import random_images, tiny_config, tiny_model
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "checkpoint"
+    tiny_model(AiluRusForSemanticSegmentation, keep_ratio=0.3).save_pretrained(folder)
+    AiluRusImageProcessor(image_mean=[0.4, 0.5, 0.6]).save_pretrained(folder)
+    return folder
+
+
+def test_public_names():
+    assert set(ailurus_hf.__all__) == {
+        "__version__",
+        "AiluRusBackbone",
+        "AiluRusConfig",
+        "AiluRusForImageClassification",
+        "AiluRusForSemanticSegmentation",
+        "AiluRusImageProcessor",
+        "AiluRusModel",
+        "convert_checkpoint",
+        "save_with_code",
+    }
+    for name in ailurus_hf.__all__:
+        assert getattr(ailurus_hf, name) is not None
+        assert name in dir(ailurus_hf)
+    with pytest.raises(AttributeError, match="no attribute 'AiluRus'"):
+        ailurus_hf.AiluRus  # noqa: B018
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "datasets", "evaluate", "typer", "rich", "pandas"])
+def test_import_stays_light(module):
+    code = f"import ailurus_hf, sys; sys.exit({module!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "model_class"),
+    [
+        (AutoModel, AiluRusModel),
+        (AutoModelForSemanticSegmentation, AiluRusForSemanticSegmentation),
+        (AutoModelForImageClassification, AiluRusForImageClassification),
+    ],
+)
+def test_auto_classes_load_a_folder(auto_class, model_class, tmp_path):
+    model = tiny_model(model_class, keep_ratio=0.3)
+    model.save_pretrained(tmp_path)
+    loaded = auto_class.from_pretrained(tmp_path)
+    assert type(loaded) is model_class
+    images = random_images()
+    assert torch.equal(loaded(images)[0], model(images)[0])
+    assert AutoConfig.from_pretrained(tmp_path).to_dict() == loaded.config.to_dict()
+
+
+def test_auto_backbone_and_auto_image_processor(checkpoint):
+    assert type(AutoBackbone.from_config(tiny_config())) is AiluRusBackbone
+    processor = AutoImageProcessor.from_pretrained(checkpoint)
+    assert type(processor) is AiluRusImageProcessor
+    assert list(processor.image_mean) == [0.4, 0.5, 0.6]
+
+
+def test_encoder_and_backbone_load_from_a_segmentation_checkpoint(checkpoint):
+    whole = AiluRusForSemanticSegmentation.from_pretrained(checkpoint)
+    for model_class in (AiluRusModel, AiluRusBackbone):
+        part, info = model_class.from_pretrained(checkpoint, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert torch.equal(part.layers[0].mlp.fc1.weight, whole.ailurus.layers[0].mlp.fc1.weight)
+
+
+def test_budget_is_chosen_at_load(checkpoint):
+    for ratio, count in ((0.25, 9), (1.0, 36)):
+        model = AutoModelForSemanticSegmentation.from_pretrained(checkpoint, keep_ratio=ratio)
+        assert model(random_images()).group_sizes.shape[1] == count
+
+
+def test_a_fresh_head_for_other_classes(checkpoint):
+    model, info = AiluRusForSemanticSegmentation.from_pretrained(
+        checkpoint, num_labels=7, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert {entry[0] for entry in info["mismatched_keys"]} == {"decode_head.classifier.weight",
+                                                                "decode_head.classifier.bias"}  # fmt: skip
+    assert model(random_images()).logits.shape[1] == 7
+    assert model.decode_head.classifier.weight.std() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sharded_half_precision_round_trip(tmp_path, dtype):
+    model = tiny_model(AiluRusForSemanticSegmentation, decoder_type="mask_transformer", num_register_tokens=2).to(dtype)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    loaded = AiluRusForSemanticSegmentation.from_pretrained(tmp_path, dtype=dtype)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+
+
+def test_pipeline_from_a_folder(checkpoint):
+    segment = pipeline("image-segmentation", model=str(checkpoint))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 84, 3), dtype=np.uint8))
+    result = segment(image)
+    assert sum(np.asarray(entry["mask"], dtype=bool).sum() for entry in result) == 60 * 84
+    assert all(entry["mask"].size == (84, 60) for entry in result)
+
+
+def test_upernet_on_an_ailurus_backbone():
+    backbone = tiny_config(keep_ratio=0.3, out_features=["stage1", "stage2", "stage3", "stage4"])
+    config = UperNetConfig(backbone_config=backbone, hidden_size=16, num_labels=3, use_auxiliary_head=False)
+    model = UperNetForSemanticSegmentation(config).eval()
+    assert isinstance(model.backbone, AiluRusBackbone)
+    output = model(random_images(), labels=torch.zeros(2, 48, 48, dtype=torch.int64))
+    assert output.logits.shape == (2, 3, 48, 48)
+    output.loss.backward()
+    assert model.backbone.layers[0].mlp.fc1.weight.grad is not None
+
+
+def test_dpt_on_an_ailurus_backbone():
+    backbone = tiny_config(
+        keep_ratio=0.3, out_features=["stage1", "stage2", "stage3", "stage4"], reshape_hidden_states=False
+    )
+    config = DPTConfig(
+        backbone_config=backbone, hidden_size=32, neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8,
+        reassemble_factors=[4, 2, 1, 0.5], is_hybrid=False,
+    )  # fmt: skip
+    model = DPTForDepthEstimation(config).eval()
+    assert isinstance(model.backbone, AiluRusBackbone)
+    depth = model(random_images(2, 64, 96)).predicted_depth
+    assert depth.shape[0] == 2
+    assert depth.isfinite().all()
+
+
+REMOTE = """
+import sys
+sys.modules["ailurus_hf"] = None  # as if not installed
+import torch
+from transformers import (AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification,
+                          AutoModelForSemanticSegmentation)
+folder, images, out = sys.argv[1:]
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForSemanticSegmentation.from_pretrained(folder, trust_remote_code=True, keep_ratio=0.4).eval()
+AutoModel.from_pretrained(folder, trust_remote_code=True)
+AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
+assert AutoBackbone.from_config(config, trust_remote_code=True).channels == [32]
+processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+pixels = processor(torch.load(images).numpy(), return_tensors="pt")["pixel_values"]
+torch.save(model(pixels).logits.detach(), out)
+model.save_pretrained(out + "-again")
+processor.save_pretrained(out + "-again")
+AutoModelForSemanticSegmentation.from_pretrained(out + "-again", trust_remote_code=True)
+"""
+
+
+def test_exported_code_runs_without_the_package(tmp_path):
+    model = tiny_model(AiluRusForSemanticSegmentation, decoder_type="mask_transformer", num_register_tokens=2)
+    folder = save_with_code(model, tmp_path / "shared-model", AiluRusImageProcessor(), license="mit")
+    image = torch.randint(0, 255, (3, 50, 70), dtype=torch.uint8)
+    torch.save(image, tmp_path / "image.pt")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    arguments = [str(folder), str(tmp_path / "image.pt"), str(tmp_path / "logits.pt")]
+    subprocess.run([sys.executable, "-c", REMOTE, *arguments], check=True, env=environment, cwd=tmp_path)
+    model.config.keep_ratio = 0.4
+    pixels = AiluRusImageProcessor()(image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(pixels).logits)
+
+
+def test_export_is_complete_and_leaves_the_model_as_it_was(tmp_path):
+    model = tiny_model(AiluRusForSemanticSegmentation)
+    folder = save_with_code(model, tmp_path / "export")
+    # Neither the model nor its class goes on carrying code: a later plain save stays plain.
+    assert not hasattr(model.config, "auto_map")
+    model.save_pretrained(tmp_path / "plain")
+    assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == ["config.json", "model.safetensors"]
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoBackbone", "AutoImageProcessor",
+                             "AutoModelForSemanticSegmentation", "AutoModelForImageClassification"}  # fmt: skip
+    for reference in auto_map.values():
+        module, name = reference.split(".")
+        assert f"class {name}" in (folder / f"{module}.py").read_text()
+    modeling = Path(ailurus_hf.__file__).parent / "modeling"
+    for name in ("configuration_ailurus", "layers_ailurus", "modeling_ailurus", "token_clustering", "token_merging"):
+        assert (folder / f"{name}.py").read_bytes() == (modeling / f"{name}.py").read_bytes()
+    card = (folder / "README.md").read_text()
+    for wanted in ("license: apache-2.0", "trust_remote_code=True", "keep_ratio", "2311.01197"):
+        assert wanted in card
+
+
+def test_export_refuses_foreign_models_and_existing_folders(tmp_path):
+    with pytest.raises(TypeError, match="model must be one of this package's models, got Linear"):
+        save_with_code(torch.nn.Linear(2, 2), tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(FileExistsError, match="b"):
+        save_with_code(tiny_model(AiluRusModel), tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b"]
+    save_with_code(tiny_model(AiluRusModel), tmp_path / "b", overwrite=True)
+    assert (tmp_path / "b" / "config.json").exists()
+
+
+def test_trainer_keeps_only_logits(tmp_path):
+    assert AiluRusConfig.keys_to_ignore_at_inference == ["hidden_states", "attentions", "assignment", "group_sizes"]
+    assert AiluRusForSemanticSegmentation.accepts_loss_kwargs is False
