@@ -129,6 +129,7 @@ class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConf
         decoder_layer_norm_eps: epsilon of the head's LayerNorms; None means `layer_norm_eps`.
         decoder_dropout_prob: dropout of its residual branches.
         semantic_loss_ignore_index: label value that the segmentation loss leaves out.
+        palette: colour (red, green, blue) of every class in pictures, 0 to 255; None for a standard palette.
         window_size: side in pixels of the windows for sliding-window inference; None if the model takes whole images.
         window_stride: distance in pixels between windows; None means `window_size`.
     """
@@ -171,6 +172,7 @@ class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConf
     decoder_layer_norm_eps: float | None = None
     decoder_dropout_prob: float | int = 0.1
     semantic_loss_ignore_index: int = 255
+    palette: list[list[int]] | tuple[tuple[int, int, int], ...] | None = None
     window_size: int | None = validated_field(_at_least(1), default=None)
     window_stride: int | None = validated_field(_at_least(1), default=None)
     _out_features: list[str] | None = None

@@ -1,0 +1,1 @@
+"""The command line `ailurus-hf`: one small file per subcommand. Only their bodies import torch and transformers."""

@@ -1,0 +1,7 @@
+"""`python -m ailurus_hf.cli`, the same as `ailurus-hf`."""
+
+import sys
+
+from .app import main
+
+sys.exit(main())

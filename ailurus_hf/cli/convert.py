@@ -1,0 +1,133 @@
+"""`ailurus-hf convert`: a checkpoint of another project becomes an AiluRus checkpoint."""
+
+import json
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..conversion import ConversionReport
+
+__all__ = ["convert"]
+
+
+def convert(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Format of the source: segmenter.", show_default=False)],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="Checkpoint folder (checkpoint.pth with variant.yml) or file.", show_default=False
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
+    keep_ratio: Annotated[
+        float | None,
+        typer.Option(help="Share of tokens the model keeps by default, above 0 and at most 1.", show_default="0.5"),
+    ] = None,
+    cluster_layer: Annotated[
+        int | None, typer.Option(help="Layers that run on all tokens before they are clustered.", show_default="2")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="that of the source")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    labels: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.json", help='Class names: {"id2label": {"0": "Sky", ...}}.', show_default="LABEL_i"),
+    ] = None,
+    license: Annotated[str, typer.Option(help="Licence of the weights, for the model card.")] = "unknown",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the key table, write nothing.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Load the result and compare its logits with the source.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Convert a checkpoint of another project into a folder that from_pretrained loads.
+
+    The source is read without running anything in it, checked key by key, and compared with the result.
+    OUT appears only when all of that went well.
+    """
+    settings = {"keep_ratio": keep_ratio, "cluster_layer": cluster_layer, "id2label": _read_labels(labels)}
+    with _spinner(f"converting {source}") as progress:
+        from ..conversion import CheckpointWarning, convert_checkpoint
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CheckpointWarning)  # they are in the report
+            report = convert_checkpoint(
+                name,
+                source,
+                output,
+                overwrite=overwrite,
+                dtype=dtype,
+                max_shard_size=max_shard_size,
+                verify=verify,
+                dry_run=dry_run,
+                license=license,
+                progress=progress,
+                **{key: value for key, value in settings.items() if value is not None},
+            )
+    for warning in report.warnings:
+        typer.echo(f"ailurus-hf: warning: {warning}", err=True)
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else _as_text(report))
+
+
+def _read_labels(path: Path | None) -> dict[str, str] | None:
+    if path is None:
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # bad JSON, or not UTF-8
+        raise ValueError(f"--labels {path} is not a readable JSON file: {error}") from error
+    names = content.get("id2label") if isinstance(content, dict) else None
+    if not isinstance(names, dict):
+        raise ValueError(f'--labels {path} must hold {{"id2label": {{"0": "name", ...}}}}')
+    return names
+
+
+@contextmanager
+def _spinner(text: str) -> Iterator[Callable[[str], None]]:
+    """Show the current step on stderr while it runs; silent where nobody watches."""
+    if not sys.stderr.isatty():
+        yield lambda step: None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    with Console(stderr=True).status(escape(text)) as status:
+        yield lambda step: status.update(escape(step))
+
+
+def _as_text(report: "ConversionReport") -> str:
+    lines = _key_table(report) if not report.written else []
+    size = f"{report.num_tensors} tensors, {report.num_parameters:,} parameters, {report.dtype}"
+    lines += [f"source    {report.source}", f"sha256    {report.sha256}"]
+    for reason in dict.fromkeys(report.dropped.values()):
+        keys = [key for key, why in report.dropped.items() if why == reason]
+        lines.append(f"dropped   {', '.join(keys)} ({reason})")
+    if not report.written:
+        return "\n".join([*lines, f"dry run   nothing written; {report.output} would hold {size}"])
+    if report.verification is not None:
+        difference, against = report.verification.largest_difference, report.verification.against
+        lines.append(f"verified  largest difference of the logits {difference:.1e}, against {against}")
+    lines.append(f"written   {report.output}: {size}")
+    model = shlex.quote(str(report.output))
+    lines.append(f"next      ailurus-hf predict IMAGE --model {model} --keep-ratio 0.25 --out predictions")
+    return "\n".join(lines)
+
+
+def _key_table(report: "ConversionReport") -> list[str]:
+    """One line per source tensor. Plain text: a table cut to the terminal's width would lose the names."""
+    width = max(len(row.source) for row in report.key_table)
+    shapes = [" x ".join(map(str, row.shape)) for row in report.key_table]
+    shape_width = max(map(len, shapes))
+    return [
+        f"{row.source:<{width}}  {shape:<{shape_width}}  {row.rule:<9}  {', '.join(row.targets) or '-'}"
+        for row, shape in zip(report.key_table, shapes, strict=True)
+    ] + [""]

@@ -1,0 +1,103 @@
+"""Loading a checkpoint for a command, strictly: a fault is an error here, where `from_pretrained` would only warn."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from ..conversion.reading import CheckpointError
+from ..conversion.verification import quiet_transformers
+
+__all__ = ["load_model"]
+
+_SHOWN = 4
+
+
+def load_model(path: str | Path, *, dtype: torch.dtype | None = None, **settings: Any) -> PreTrainedModel:
+    """Load a segmentation checkpoint for inference.
+
+    Args:
+        path: a folder written by `save_pretrained` or `ailurus-hf convert`, or a name on the Hugging Face Hub.
+        dtype: dtype to load in; by default that of the file.
+        settings: fields of `AiluRusConfig` to change; those that are `None` are left as they are.
+
+    Returns:
+        The model in evaluation mode, on the CPU.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such checkpoint folder, or no config or weights in it.
+        CheckpointError: the config or the weights are damaged or of another kind, or tensors are missing, unexpected or
+            of the wrong shape.
+        ValueError: a setting is not allowed.
+    """
+    from .. import AiluRusForSemanticSegmentation
+
+    if Path(path).exists() or Path(path).is_absolute():
+        _check_folder(Path(path))
+    chosen = {name: value for name, value in settings.items() if value is not None}
+    try:
+        with quiet_transformers():
+            # mismatched sizes are let through here only to be reported with the other faults below
+            model, info = AiluRusForSemanticSegmentation.from_pretrained(
+                path, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **chosen
+            )
+    except StrictDataclassError as error:  # not a ValueError, and its text has several lines
+        raise ValueError(f"settings of {path}: {' '.join(str(error).split())}") from error
+    _check_loading(path, info)
+    if "keep_ratio" in chosen:  # an exact count stored in the checkpoint would win over it
+        model.config.num_clusters = None
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} does not exist; expected a checkpoint folder")
+    if not folder.is_dir():
+        raise NotADirectoryError(
+            f"{folder} is a file; expected a checkpoint folder with config.json and model.safetensors"
+        )
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no config.json; expected a folder written by save_pretrained or `ailurus-hf convert`"
+        )
+    _check_config(folder / "config.json")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise FileNotFoundError(f"{folder} holds no weights (*.safetensors)")
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is damaged or cut short ({error})") from error
+
+
+def _check_config(file: Path) -> None:
+    from .. import AiluRusConfig
+
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # bad JSON, or not UTF-8
+        raise CheckpointError(f"{file} is not a readable JSON file: {error}") from error
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if model_type != AiluRusConfig.model_type:
+        raise CheckpointError(f"{file} must have model_type {AiluRusConfig.model_type!r}, got {model_type!r}")
+
+
+def _check_loading(path: str | Path, info: dict[str, Any]) -> None:
+    """Turn transformers' loading report into an error that names the keys."""
+    faults = (
+        ("missing from", info["missing_keys"]),
+        ("unexpected in", info["unexpected_keys"]),
+        ("of the wrong shape in", [entry[0] for entry in info["mismatched_keys"]]),
+    )
+    for fault, keys in faults:
+        if keys:
+            names = sorted(keys)
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            raise CheckpointError(f"tensors {fault} the checkpoint {path}: {', '.join(names[:_SHOWN])}{more}")

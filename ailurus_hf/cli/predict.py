@@ -1,0 +1,123 @@
+"""`ailurus-hf predict`: pictures to label maps."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import ClusterLayer, Device, Dtype, Json, KeepRatio, Model, load_on_device, load_processor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from ..evaluation import Segmentation
+
+__all__ = ["predict"]
+
+
+def predict(
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="Pictures, or folders of them.", show_default=False)
+    ],
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the results; existing ones are replaced.")] = Path(
+        "predictions"
+    ),
+    keep_ratio: KeepRatio = None,
+    cluster_layer: ClusterLayer = None,
+    sliding_window: Annotated[
+        bool, typer.Option("--sliding-window", help="Predict window by window, with the sizes the model was made for.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Segment pictures with a checkpoint.
+
+    For each picture NAME, OUT gets NAME.labels.png (class ids as pixel values), NAME.overlay.png (the classes' colours
+    on the picture) and NAME.json (the classes and the share of pixels each has).
+    """
+    from ..evaluation import segment_image
+    from ..images import list_images, read_image
+    from ..visualization import model_palette
+
+    files = list_images(images)
+    _refuse_equal_names(files)
+    _refuse_unwritable(out)
+    network = load_on_device(model, device, dtype, keep_ratio=keep_ratio, cluster_layer=cluster_layer)
+    processor, palette = load_processor(model), model_palette(network.config)
+    names = [network.config.id2label[label] for label in range(network.config.num_labels)]
+    reports = []
+    for file in _progress(files):
+        picture = read_image(file)
+        result = segment_image(network, processor, picture, sliding_window)
+        report = _describe(file, picture, result, names)
+        _write(out, file.stem, picture, result.labels, palette, report)
+        reports.append(report)
+    if as_json:
+        typer.echo(json.dumps(reports, indent=2))
+        return
+    for report in reports:
+        shares = sorted(report["classes"], key=lambda entry: -entry["share"])[:4]
+        summary = ", ".join(f"{entry['name']} {entry['share']:.0%}" for entry in shares)
+        typer.echo(f"{report['image']}: {summary}")
+    typer.echo(f"written to {out}: {len(files)} x .labels.png, .overlay.png, .json")
+
+
+def _refuse_equal_names(files: list[Path]) -> None:
+    stem, count = Counter(file.stem for file in files).most_common(1)[0]
+    if count > 1:
+        same = ", ".join(str(file) for file in files if file.stem == stem)
+        raise ValueError(
+            f"{count} pictures would all be written as {stem}.*: {same}; predict them into separate folders"
+        )
+
+
+def _refuse_unwritable(out: Path) -> None:
+    """Before the model is loaded and run: it would be a pity to find out afterwards."""
+    from .._files import check_output_directory
+
+    check_output_directory(out, overwrite=True)
+
+
+def _progress(files: list[Path]) -> Any:
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(files, "predicting", console=console, disable=not console.is_terminal, transient=True)
+
+
+def _describe(file: Path, picture: "Image.Image", result: "Segmentation", names: list[str]) -> dict[str, Any]:
+    import numpy as np
+
+    counts = np.bincount(result.labels.ravel(), minlength=len(names))
+    return {
+        "image": str(file),
+        "height": picture.height,
+        "width": picture.width,
+        "patches": None if result.clusters is None else result.clusters.size,
+        "tokens": result.num_tokens,
+        "classes": [
+            {"id": label, "name": names[label], "share": round(int(count) / result.labels.size, 6)}
+            for label, count in enumerate(counts)
+            if count
+        ],
+    }
+
+
+def _write(
+    out: Path, stem: str, picture: "Image.Image", labels: "np.ndarray", palette: "np.ndarray", report: dict[str, Any]
+) -> None:
+    from .._files import atomic_file
+    from ..visualization import indexed_image, overlay
+
+    with atomic_file(out / f"{stem}.labels.png") as path:
+        indexed_image(labels, palette).save(path)
+    with atomic_file(out / f"{stem}.overlay.png") as path:
+        overlay(picture, labels, palette).save(path)
+    with atomic_file(out / f"{stem}.json") as path:
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

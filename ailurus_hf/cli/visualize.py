@@ -1,0 +1,62 @@
+"""`ailurus-hf visualize`: what merging does to one picture."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import ClusterLayer, Device, Dtype, KeepRatio, Model, load_on_device, load_processor
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import PreTrainedModel
+
+    from ..evaluation import Segmentation
+
+__all__ = ["save_figure", "visualize"]
+
+
+def visualize(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.", show_default=False)],
+    model: Model,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Picture to write: .png, .pdf or .svg.")] = Path(
+        "adaptive_resolution.png"
+    ),
+    keep_ratio: KeepRatio = None,
+    cluster_layer: ClusterLayer = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+) -> None:
+    """Draw one picture's clusters, its dense and merged predictions, and where they differ."""
+    from ..evaluation import segment_image
+    from ..images import read_image
+
+    if out.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--out must end in .png, .pdf or .svg, got {out}")
+    picture = read_image(image)
+    network = load_on_device(model, device, dtype, keep_ratio=keep_ratio, cluster_layer=cluster_layer)
+    processor = load_processor(model)
+    merged = segment_image(network, processor, picture)
+    network.config.keep_ratio, network.config.num_clusters = 1.0, None
+    dense = segment_image(network, processor, picture)
+    save_figure(out, network, picture, dense, merged)
+    agreement = float((dense.labels == merged.labels).mean())
+    assert merged.clusters is not None  # no sliding windows here
+    typer.echo(
+        f"{merged.num_tokens} of {merged.clusters.size} tokens, {agreement:.1%} of the pixels as in the dense model"
+    )
+    typer.echo(f"written to {out}")
+
+
+def save_figure(
+    out: Path, model: "PreTrainedModel", picture: "Image.Image", dense: "Segmentation", merged: "Segmentation"
+) -> None:
+    """Write the figure that compares a dense and a merged segmentation."""
+    from .._files import atomic_file
+    from ..visualization import adaptive_resolution_figure, model_palette
+
+    config = model.config
+    names = [config.id2label[label] for label in range(config.num_labels)]
+    figure = adaptive_resolution_figure(picture, dense, merged, model_palette(config), names)
+    with atomic_file(out) as path:
+        figure.savefig(path)

@@ -1,0 +1,1 @@
+"""The pieces `ailurus_hf.scenes` draws a street from."""

@@ -1,0 +1,61 @@
+import time
+
+import pytest
+import torch
+
+from ailurus_hf import AiluRusBackbone, AiluRusForSemanticSegmentation, AiluRusModel
+from ailurus_hf.benchmark import count_flops, speed_up, time_side_by_side
+from tests.factories import tiny_config, tiny_model
+
+
+def layer_flops(tokens, size=32, hidden=64):
+    """Projections, two products of attention, MLP; one multiply-add is two operations."""
+    return 2 * (4 * tokens * size**2 + 2 * tokens**2 * size + 2 * tokens * size * hidden)
+
+
+def test_dense_flops_follow_the_formula():
+    model = tiny_model(AiluRusModel, keep_ratio=1)
+    patches = 2 * 36 * 3 * 8 * 8 * 32
+    assert count_flops(model, 48, 48) == patches + 4 * layer_flops(37)
+
+
+def test_merged_flops_follow_the_formula():
+    model = tiny_model(AiluRusModel, keep_ratio=0.25)
+    patches, distances = 2 * 36 * 3 * 8 * 8 * 32, 3 * 25 * 36 * 32
+    everywhere = 2 * 36 * 9 * 32  # every token against every representative
+    expected = patches + 2 * layer_flops(37) + 2 * layer_flops(10) + distances + everywhere
+    assert count_flops(model, 48, 48) == expected
+
+
+@pytest.mark.parametrize("model_class", [AiluRusForSemanticSegmentation, AiluRusBackbone])
+def test_settings_change_the_count_but_not_the_model(model_class):
+    model = tiny_model(model_class, keep_ratio=0.25)
+    before = model.config.to_dict()
+    counts = [count_flops(model, 41, 61, keep_ratio=ratio) for ratio in (0.25, 0.5, 1.0)]
+    assert counts == sorted(counts)
+    assert counts[0] < counts[1] < counts[2]
+    assert model.config.to_dict() == before
+    assert next(model.parameters()).device.type == "cpu"
+
+
+def test_large_models_are_counted_without_their_memory():
+    sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    with torch.device("meta"):
+        model = AiluRusModel(tiny_config(**sizes, patch_size=16, image_size=640))
+    flops = count_flops(model, 640, 640, keep_ratio=1.0)
+    assert 1.2e12 < flops < 1.25e12  # 608 G multiply-adds
+
+
+def test_variants_take_turns():
+    calls = []
+    seconds = time_side_by_side(
+        {"a": lambda: calls.append("a"), "b": lambda: (calls.append("b"), time.sleep(0.01))}, rounds=3, warmup=1
+    )
+    assert calls == ["a", "b"] * 4
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+    assert min(seconds["b"]) >= 0.01
+
+
+def test_speed_up_pairs_the_rounds():
+    assert speed_up([2.0, 4.0, 6.0], [1.0, 1.0, 2.0]) == (3.0, 2.5, 3.5)
+    assert speed_up([3.0], [2.0]) == (1.5, 1.5, 1.5)

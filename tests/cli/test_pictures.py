@@ -1,0 +1,259 @@
+"""`predict`, `visualize`, `info` and `demo`: results, and errors of one line."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load, save_file
+
+from ailurus_hf import AiluRusForSemanticSegmentation, AiluRusImageProcessor
+from ailurus_hf.cli.app import main
+from ailurus_hf.scenes import CLASS_NAMES
+from tests.factories import tiny_model
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (44, 70, 3), dtype=np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """A scratch folder with a model and two pictures."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model(AiluRusForSemanticSegmentation, keep_ratio=0.5, window_size=32, window_stride=16).save_pretrained(
+        "model"
+    )
+    AiluRusImageProcessor().save_pretrained("model")
+    Path("pictures").mkdir()
+    Image.fromarray(PIXELS).save("pictures/first.png")
+    Image.fromarray(PIXELS[::-1, :40]).save("pictures/second.jpg")
+    return tmp_path
+
+
+def run(capfd, *arguments):
+    code = main(list(arguments))
+    printed = capfd.readouterr()
+    return code, printed.out, printed.err
+
+
+def refused(capfd, *arguments):
+    """Run, check that it fails with one line and writes nothing, and return the line."""
+    before = sorted(Path.cwd().rglob("*"))
+    code, out, err = run(capfd, *arguments)
+    assert (code, out) == (2, "")
+    [line] = err.splitlines()
+    assert line.startswith("ailurus-hf: error: ")
+    assert sorted(Path.cwd().rglob("*")) == before
+    return line
+
+
+# -------------------------------------------------------------------------------------------------------------- predict
+
+
+def test_predict_writes_three_files_per_picture(capfd):
+    code, out, err = run(capfd, "predict", "pictures", "--model", "model", "--keep-ratio", "0.25", "--out", "a/b")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0].startswith("pictures/first.png: ")
+    assert out.splitlines()[-1] == "written to a/b: 2 x .labels.png, .overlay.png, .json"
+    names = [f"{stem}.{end}" for stem in ("first", "second") for end in ("json", "labels.png", "overlay.png")]
+    assert sorted(path.name for path in Path("a/b").iterdir()) == names
+    model = AiluRusForSemanticSegmentation.from_pretrained("model", keep_ratio=0.25)
+    with torch.no_grad():
+        output = model(AiluRusImageProcessor()(PIXELS, return_tensors="pt")["pixel_values"])
+    expected = output.logits[0].argmax(0).numpy()
+    with Image.open("a/b/first.labels.png") as labels, Image.open("a/b/first.overlay.png") as overlay:
+        np.testing.assert_array_equal(np.asarray(labels), expected)
+        assert overlay.size == labels.size == (70, 44)
+    report = json.loads(Path("a/b/first.json").read_text())
+    assert {key: report[key] for key in ("height", "width", "patches", "tokens")} == {
+        "height": 44, "width": 70, "patches": 54, "tokens": 14,
+    }  # fmt: skip
+    shares = {entry["id"]: entry["share"] for entry in report["classes"]}
+    assert shares == pytest.approx({int(c): (expected == c).mean() for c in np.unique(expected)}, abs=1e-6)
+    assert all(entry["name"] == f"LABEL_{entry['id']}" for entry in report["classes"])
+
+
+def test_predict_prints_json_and_replaces_older_results(capfd):
+    arguments = ("predict", "pictures/second.jpg", "--model", "model", "--dtype", "bfloat16", "--json")
+    _, first, _ = run(capfd, *arguments)
+    code, second, _ = run(capfd, *arguments)
+    assert code == 0
+    assert first == second
+    [report] = json.loads(second)
+    assert report == json.loads(Path("predictions/second.json").read_text())
+
+
+def test_predict_by_sliding_windows(capfd):
+    code, out, _ = run(capfd, "predict", "pictures/first.png", "--model", "model", "--sliding-window", "--json")
+    assert code == 0
+    assert json.loads(out)[0]["tokens"] is None
+
+
+def test_predict_warns_without_an_image_processor(capfd):
+    Path("model/preprocessor_config.json").unlink()
+    code, _, err = run(capfd, "predict", "pictures/first.png", "--model", "model")
+    assert code == 0
+    assert err == "ailurus-hf: warning: model has no preprocessor_config.json; using the default settings\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pictures", "--keep-ratio", "0"], "'keep_ratio': ValueError: must be above 0 and at most 1, got 0"),
+        (["pictures", "--keep-ratio", "nan"], "must be above 0 and at most 1, got nan"),
+        (["pictures", "--keep-ratio", "1.5"], "must be above 0 and at most 1, got 1.5"),
+        (["pictures", "--keep-ratio", "many"], "Invalid value for '--keep-ratio'"),
+        (["pictures", "--cluster-layer", "4"], "it must be at most 3, got 4"),
+        (["pictures", "--cluster-layer", "-1"], "must be at least 0, got -1"),
+        (["pictures", "--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got int8"),
+        (["pictures", "--device", "abacus"], "--device abacus is not available here"),
+        (["nowhere.png"], "nowhere.png does not exist"),
+        (["empty"], "empty holds no pictures"),
+        (["pictures", "twin"], "2 pictures would all be written as first.*: pictures/first.png, twin/first.jpg"),
+        (["pictures", "--out", "pictures/first.png"], "pictures/first.png is a file"),
+        (["pictures", "--out", "pictures/first.png/below"], "pictures/first.png is a file"),
+        (["pictures", "--out", "locked/out"], "the folder"),
+        (["broken/empty.png"], "broken/empty.png is empty"),
+        (["broken/text.png"], "broken/text.png is not a picture"),
+        (["broken/cut.png"], "broken/cut.png is damaged or cut short"),
+        (["broken/animated.gif"], "broken/animated.gif is animated (3 frames)"),
+        (["broken/small.png"], "pixel_values must be at least one patch of 8 x 8 pixels, got height and width (5, 5)"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_predict_refuses(capfd, monkeypatch, arguments, message):
+    for folder in ("empty", "twin", "broken", "locked"):
+        Path(folder).mkdir()
+    picture = Image.fromarray(PIXELS)
+    picture.save("twin/first.jpg")
+    picture.save("broken/cut.png")
+    Path("broken/cut.png").write_bytes(Path("broken/cut.png").read_bytes()[:300])
+    Path("broken/empty.png").write_bytes(b"")
+    Path("broken/text.png").write_text("hello")
+    picture.resize((5, 5)).save("broken/small.png")
+    picture.save("broken/animated.gif", save_all=True, append_images=[picture.rotate(90), picture.rotate(180)])
+    may_access = os.access  # root may write anywhere, so a read-only folder is simulated
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path) and may_access(path, mode))
+    assert message in refused(capfd, "predict", *arguments, "--model", "model")
+
+
+@pytest.mark.parametrize("picture", ["cmyk.tif", "palette.png", "grey16.png", "alpha.png"])
+def test_predict_takes_unusual_pictures(capfd, picture):
+    image = Image.fromarray(PIXELS)
+    {
+        "cmyk.tif": image.convert("CMYK"),
+        "palette.png": image.convert("P"),
+        "grey16.png": Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257),
+        "alpha.png": image.convert("RGBA"),
+    }[picture].save(picture)
+    assert run(capfd, "predict", picture, "--model", "model")[0] == 0
+
+
+def test_faulty_checkpoints_are_refused(capfd):
+    def predict():
+        return refused(capfd, "predict", "pictures", "--model", "model")
+
+    assert "nowhere does not exist" in refused(capfd, "predict", "pictures", "--model", str(Path("nowhere").absolute()))
+    weights, config = Path("model/model.safetensors"), Path("model/config.json")
+    good = weights.read_bytes()
+    tensors = load(good)  # from memory: a mapped file must not be cut while it is in use
+    weights.write_bytes(good[: len(good) // 2])
+    assert "model.safetensors is damaged or cut short" in predict()
+    key = "ailurus.layernorm.weight"
+    for change, message in (
+        ({key: None}, f"missing from the checkpoint model: {key}"),
+        ({"surplus": torch.zeros(1)}, "unexpected in the checkpoint model: surplus"),
+        ({key: torch.zeros(31)}, f"of the wrong shape in the checkpoint model: {key}"),
+    ):
+        changed = {name: value for name, value in (tensors | change).items() if value is not None}
+        save_file(changed, weights, metadata={"format": "pt"})
+        assert message in predict()
+    config.unlink()
+    assert "model holds no config.json" in predict()
+
+
+def test_interrupted_prediction_leaves_whole_files_only(capfd, monkeypatch):
+    def interrupt(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", interrupt)
+    code, _, err = run(capfd, "predict", "pictures", "--model", "model", "--out", "results")
+    assert code == 130
+    assert err == "ailurus-hf: interrupted; nothing half-written was left behind\n"
+    assert not Path("results").exists()
+
+
+# --------------------------------------------------------------------------------------------- visualize, info and demo
+
+
+def test_visualize_writes_a_figure(capfd):
+    arguments = ("visualize", "pictures/first.png", "--model", "model", "--keep-ratio", "0.25", "--out", "new/f.png")
+    code, out, _ = run(capfd, *arguments)
+    assert code == 0
+    assert out.splitlines()[0].startswith("14 of 54 tokens, ")
+    with Image.open("new/f.png") as figure:
+        assert figure.size[0] > 500
+
+
+def test_visualize_refuses_other_formats(capfd):
+    line = refused(capfd, "visualize", "pictures/first.png", "--model", "model", "--out", "f.txt")
+    assert "--out must end in .png, .pdf or .svg, got f.txt" in line
+
+
+def test_info_counts_tokens_and_cost(capfd):
+    code, out, _ = run(capfd, "info", "model", "--height", "64", "--width", "100", "--keep-ratio", "0.25", "--json")
+    assert code == 0
+    report = json.loads(out)
+    cost = report["one image of 64 x 100 pixels"]
+    assert cost["tokens"] == "8 x 13 = 104"
+    assert cost["tokens after merging"] == 26
+    assert cost["GFLOPs dense"] >= cost["GFLOPs merged"]
+    assert report["merging"]["keep_ratio"] == 0.25
+    assert report["architecture"]["layers"] == 4
+    code, text, _ = run(capfd, "info", "model")
+    assert code == 0
+    assert "one image of 48 x 48 pixels" in text
+
+
+def test_info_refuses_images_below_a_patch(capfd):
+    line = refused(capfd, "info", "model", "--height", "5")
+    assert "--height and --width must be at least one patch of 8 pixels, got 5 x 48" in line
+
+
+def test_an_exact_count_in_the_checkpoint_yields_to_keep_ratio(capfd):
+    tiny_model(AiluRusForSemanticSegmentation, num_clusters=7).save_pretrained("counted")
+    for options, count in (([], 7), (["--keep-ratio", "0.5"], 18)):
+        _, out, _ = run(capfd, "info", "counted", "--json", *options)
+        assert json.loads(out)["one image of 48 x 48 pixels"]["tokens after merging"] == count
+
+
+def test_demo_compares_dense_and_merged(capfd):
+    code, out, err = run(capfd, "demo", "--out", "shown", "--rounds", "1", "--json")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert report["figure"] == "shown/adaptive_resolution.png"
+    assert Path(report["figure"]).exists()
+    dense, merged = report["variants"]
+    assert (dense["tokens"], merged["tokens"]) == (2048, 512)
+    assert dense["agreement"] == 1
+    assert merged["agreement"] > 0.85
+    assert merged["gflops"] < 0.6 * dense["gflops"]
+    # Random classes would score about 1 / 9 each; the bundled model has really learned the scenes.
+    assert dense["mean_iou"] > 0.5
+    assert merged["mean_iou"] > 0.45
+
+
+def test_demo_prints_a_table(capfd):
+    code, out, _ = run(capfd, "demo", "--out", "shown", "--rounds", "1", "--height", "96", "--width", "160")
+    assert code == 0
+    for word in ("tokens", "GFLOPs", "ms", "agreement", "mIoU", "dense", "merged"):
+        assert word in out
+
+
+def test_demo_checkpoint_is_small_and_names_its_classes():
+    folder = Path(__file__).parents[2] / "ailurus_hf" / "demo_checkpoint"
+    assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= 6_000_000
+    config = AiluRusForSemanticSegmentation.from_pretrained(folder).config
+    assert list(config.id2label.values()) == list(CLASS_NAMES)
