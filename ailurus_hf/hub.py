@@ -46,7 +46,7 @@ def save_with_code(
     if type(getattr(model, "config", None)) not in AUTO_MODELS:
         raise TypeError(f"model must be one of this package's models, got {type(model).__name__}")
     image_processor = image_processor or AiluRusImageProcessor()
-    with atomic_directory(folder, overwrite=overwrite) as staging:
+    with atomic_directory(folder, overwrite=overwrite, marker="config.json") as staging:
         model.save_pretrained(staging, **save_kwargs)
         image_processor.save_pretrained(staging)
         # The configuration and the operations come along as relative imports of the modelling file.

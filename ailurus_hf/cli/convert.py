@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,7 +39,11 @@ def convert(
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     labels: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.json", help='Class names: {"id2label": {"0": "Sky", ...}}.', show_default="LABEL_i"),
+        typer.Option(
+            metavar="FILE.json",
+            help='Class names, and colours: {"id2label": {"0": "Sky", ...}, "palette": [[70, 130, 180], ...]}.',
+            show_default="LABEL_i",
+        ),
     ] = None,
     license: Annotated[str, typer.Option(help="Licence of the weights, for the model card.")] = "unknown",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint folder.")] = False,
@@ -54,7 +58,7 @@ def convert(
     The source is read without running anything in it, checked key by key, and compared with the result.
     OUT appears only when all of that went well.
     """
-    settings = {"keep_ratio": keep_ratio, "cluster_layer": cluster_layer, "id2label": _read_labels(labels)}
+    settings = {"keep_ratio": keep_ratio, "cluster_layer": cluster_layer, **_read_labels(labels)}
     with _spinner(f"converting {source}") as progress:
         from ..conversion import CheckpointWarning, convert_checkpoint
 
@@ -78,9 +82,10 @@ def convert(
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else _as_text(report))
 
 
-def _read_labels(path: Path | None) -> dict[str, str] | None:
+def _read_labels(path: Path | None) -> dict[str, Any]:
+    """`id2label` and, if the file has one, `palette`."""
     if path is None:
-        return None
+        return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # bad JSON, or not UTF-8
@@ -88,7 +93,7 @@ def _read_labels(path: Path | None) -> dict[str, str] | None:
     names = content.get("id2label") if isinstance(content, dict) else None
     if not isinstance(names, dict):
         raise ValueError(f'--labels {path} must hold {{"id2label": {{"0": "name", ...}}}}')
-    return names
+    return {"id2label": names, "palette": content.get("palette") or None}
 
 
 @contextmanager

@@ -221,6 +221,11 @@ class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConf
             )
         if self.pooling == "cls" and not self.use_cls_token:
             raise ValueError("pooling must be 'mean' or None when use_cls_token=False, got 'cls'")
+        if self.palette is not None and len(self.palette) != self.num_labels:
+            raise ValueError(
+                f"palette must have a colour for each of the num_labels={self.num_labels} classes, "
+                f"got {len(self.palette)}"
+            )
         if self.num_position_rows_before_patches > self.num_prefix_tokens:
             raise ValueError(
                 f"num_prefix_positions must be at most the number of prefix tokens {self.num_prefix_tokens}, "

@@ -47,6 +47,7 @@ def test_refuses_bad_values_at_construction_and_assignment(settings, message):
         ({"num_attention_heads": 5}, "hidden_size must be a multiple of num_attention_heads=5, got 32"),
         ({"image_size": (48, 7)}, "image_size must hold at least one patch of patch_size=8, got (48, 7)"),
         ({"num_prefix_positions": 2}, "num_prefix_positions must be at most the number of prefix tokens 1, got 2"),
+        ({"palette": [[0, 0, 0]]}, "palette must have a colour for each of the num_labels=5 classes, got 1"),
         ({"pooling": "cls", "use_cls_token": False}, "pooling must be 'mean' or None when use_cls_token=False"),
     ],
     ids=str,
