@@ -5,11 +5,13 @@ from typing import Any
 from transformers import (
     AutoBackbone,
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
 )
+
+# The top-level name is a placeholder that raises in transformers 5.17 without torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .modeling.configuration_ailurus import AiluRusConfig
 from .modeling.image_processing_ailurus import AiluRusImageProcessor
