@@ -48,18 +48,18 @@ def group_tokens(assignment: Tensor, num_groups: int, representatives: Tensor | 
 def merge_tokens(tokens: Tensor, groups: TokenGroups) -> Tensor:
     """Mean of each group's members: (batch_size, N, hidden_size) -> (batch_size, M, hidden_size), same dtype.
 
-    Summed in float32 at least. A group of one keeps its token's exact bits.
+    The embedding bag sums half precision in float32. A group of one keeps its token's exact bits.
     """
     batch_size, num_tokens, hidden_size = tokens.shape
     first_token = torch.arange(batch_size, device=tokens.device)[:, None] * num_tokens
     first_member = groups.sizes.cumsum(1) - groups.sizes + first_token
     merged = F.embedding_bag(
         (groups.order + first_token).flatten(),
-        tokens.reshape(-1, hidden_size).to(torch.promote_types(tokens.dtype, torch.float32)),
+        tokens.reshape(-1, hidden_size),
         first_member.flatten(),
         mode="mean",
     )
-    return merged.view(batch_size, -1, hidden_size).to(tokens.dtype)
+    return merged.view(batch_size, -1, hidden_size)
 
 
 def unfold_tokens(merged: Tensor, groups: TokenGroups) -> Tensor:

@@ -89,6 +89,17 @@ def test_half_precision_means_are_summed_in_float32():
     assert merge_tokens(torch.ones(1, 4096, 1, dtype=torch.bfloat16), groups).item() == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_in_half_precision(dtype):
+    groups = group_tokens(random_assignment(2, 30, 8), 8)
+    tokens = torch.randn(2, 30, 4).to(dtype)
+    gradients = []
+    for leaf in (tokens.clone().requires_grad_(), tokens.double().requires_grad_()):
+        unfold_tokens(merge_tokens(leaf, groups), groups).square().sum().backward()
+        gradients.append(leaf.grad.double())
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0.05, atol=0.05)
+
+
 def test_unfold_of_merge_is_idempotent():
     groups = group_tokens(random_assignment(2, 30, 8), 8)
     once = unfold_tokens(merge_tokens(torch.randn(2, 30, 4, dtype=torch.float64), groups), groups)
