@@ -18,6 +18,8 @@ from transformers import (
     AutoModelForSemanticSegmentation,
     DPTConfig,
     DPTForDepthEstimation,
+    Trainer,
+    TrainingArguments,
     UperNetConfig,
     UperNetForSemanticSegmentation,
     pipeline,
@@ -27,7 +29,6 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 import ailurus_hf
 from ailurus_hf import (
     AiluRusBackbone,
-    AiluRusConfig,
     AiluRusForImageClassification,
     AiluRusForSemanticSegmentation,
     AiluRusImageProcessor,
@@ -230,6 +231,27 @@ def test_export_refuses_foreign_models_and_existing_folders(tmp_path):
     assert (tmp_path / "b" / "config.json").exists()
 
 
-def test_trainer_keeps_only_logits(tmp_path):
-    assert AiluRusConfig.keys_to_ignore_at_inference == ["hidden_states", "attentions", "assignment", "group_sizes"]
-    assert AiluRusForSemanticSegmentation.accepts_loss_kwargs is False
+def test_accelerate_places_the_model(checkpoint):
+    model = AiluRusForSemanticSegmentation.from_pretrained(checkpoint, device_map="cpu")
+    plain = AiluRusForSemanticSegmentation.from_pretrained(checkpoint)
+    assert torch.equal(model(random_images()).logits, plain(random_images()).logits)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_trainer_fine_tunes_and_evaluates(tmp_path, accumulation):
+    """The logged loss does not depend on how a batch is accumulated, and evaluation sees logits and labels only."""
+    labels = torch.randint(0, 5, (4, 48, 48), generator=torch.Generator().manual_seed(0))
+    data = [{"pixel_values": image, "labels": truth} for image, truth in zip(random_images(4), labels, strict=True)]
+    model = tiny_model(AiluRusForSemanticSegmentation, keep_ratio=0.3)
+    with torch.no_grad():
+        expected = model(random_images(4), labels=labels).loss.item()
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=4 // accumulation, logging_steps=1, report_to=[],
+        gradient_accumulation_steps=accumulation, use_cpu=True, remove_unused_columns=False, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-3)
+    output = trainer.predict(data)
+    assert output.predictions.shape == (4, 5, 48, 48)
+    assert output.label_ids.shape == (4, 48, 48)

@@ -29,7 +29,7 @@ def demo(
     keep_ratio: Annotated[float, typer.Option(help="Share of tokens to keep, above 0 and at most 1.")] = 0.25,
     height: Annotated[int, typer.Option(min=16, help="Height of the scene in pixels.")] = 256,
     width: Annotated[int, typer.Option(min=16, help="Width of the scene in pixels.")] = 512,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each variant is timed.")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each variant is timed.")] = 5,
     as_json: Json = False,
 ) -> None:
     """See AiluRus at work: no download, no data, under a minute.
