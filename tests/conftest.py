@@ -8,7 +8,9 @@ import tempfile
 import pytest
 from hypothesis import HealthCheck, settings
 
-THREADS = min(2, os.cpu_count() or 1)
+# With several threads the math library divides its sums by how busy the machine is: the same input can then give other
+# bits from one call to the next, and many tests compare bits. Tiny models gain nothing from threads anyway.
+THREADS = 1
 
 settings.register_profile(
     "ailurus",

@@ -14,6 +14,7 @@ from ailurus_hf import (
     AiluRusModel,
 )
 from ailurus_hf.modeling import modeling_ailurus
+from ailurus_hf.modeling.layers_ailurus import AiluRusDropPath
 from tests.factories import random_images, tiny_config, tiny_model
 from tests.reference import merging as reference
 
@@ -336,8 +337,16 @@ def test_stochastic_depth_acts_in_training_only():
     model, images = tiny_model(AiluRusModel, drop_path_rate=0.9), random_images(8)
     assert torch.equal(model(images).last_hidden_state, model(images).last_hidden_state)
     model.train()
-    torch.manual_seed(0)
     assert not torch.equal(model(images).last_hidden_state, model(images).last_hidden_state)
+
+
+def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
+    drop, branch = AiluRusDropPath(0.75).train(), torch.ones(4000, 3, 2)
+    dropped = drop(branch)
+    assert set(dropped.unique().tolist()) == {0.0, 4.0}
+    assert (dropped == dropped[:, :1, :1]).all()
+    assert dropped.mean().item() == pytest.approx(1, abs=0.15)
+    assert torch.equal(drop.eval()(branch), branch)
 
 
 @pytest.mark.parametrize("variant", ["plain", "tail", "mask transformer"])
