@@ -26,13 +26,11 @@ class Evidence:
         tensors: shapes of its tensors by name, a `module.` prefix removed.
         container: keys of the file's outer dictionary, where the tensors are inside one of its entries.
         config: the `config.json` beside the weights, or nothing.
-        files: names of the files beside the weights.
     """
 
     tensors: Mapping[str, tuple[int, ...]]
     container: tuple[str, ...] = ()
     config: Mapping[str, Any] | None = None
-    files: frozenset[str] = frozenset()
 
     def has(self, pattern: str) -> bool:
         """Whether a tensor's name begins with this regular expression."""
@@ -149,7 +147,6 @@ def _gather(source: str | Path) -> Evidence:
         shapes,
         container=tuple(map(str, content)) if inner is not None else (),
         config=read_json(config) if config.is_file() else None,
-        files=frozenset(path.name for path in weights.parent.iterdir()),
     )
 
 

@@ -50,7 +50,7 @@ def read_dino(source: str | Path) -> SourceCheckpoint:
     weights = find_weights(locate(source, hub=False))
     content = read_tensors(weights, objects=True)
     tensors = strip_common_prefix(tensors_of(content, weights, "teacher"))
-    return SourceCheckpoint(weights, tensors, description={}, container=tuple(map(str, content)))
+    return SourceCheckpoint(weights, tensors, description={})
 
 
 def plan_dino(checkpoint: SourceCheckpoint) -> Plan:

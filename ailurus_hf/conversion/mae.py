@@ -62,7 +62,7 @@ def read_mae(source: str | Path) -> SourceCheckpoint:
     weights = find_weights(locate(source, hub=False))
     content = read_tensors(weights, objects=True)
     tensors = strip_common_prefix(tensors_of(content, weights, "model"))
-    return SourceCheckpoint(weights, tensors, description={}, container=tuple(map(str, content)))
+    return SourceCheckpoint(weights, tensors, description={})
 
 
 def plan_mae(checkpoint: SourceCheckpoint) -> Plan:

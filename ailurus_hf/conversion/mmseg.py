@@ -96,7 +96,7 @@ def read_mmseg(source: str | Path) -> SourceCheckpoint:
     meta = meta if isinstance(meta, Mapping) else {}
     data = meta.get("dataset_meta")
     labels = data if isinstance(data, Mapping) else {name.lower(): meta.get(name) for name in ("CLASSES", "PALETTE")}
-    return SourceCheckpoint(weights, tensors, {**_config(meta, weights), "labels": dict(labels)}, container=("meta",))
+    return SourceCheckpoint(weights, tensors, {**_config(meta, weights), "labels": dict(labels)})
 
 
 def _config(meta: Mapping[str, Any], weights: Path) -> dict[str, Any]:

@@ -24,14 +24,12 @@ class SourceCheckpoint:
         tensors: its tensors by name, on the CPU, a `module.` prefix removed.
         description: the settings stored beside them.
         overrides: what the user asked for; a recipe may need it where neither file tells (number of heads, ...).
-        container: keys of the file's outer dictionary that tell sources apart ("teacher", "model", ...).
     """
 
     weights_path: Path
     tensors: Mapping[str, torch.Tensor]
     description: Mapping[str, Any]
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    container: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

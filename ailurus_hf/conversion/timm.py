@@ -37,8 +37,6 @@ PLAIN_ARGUMENTS: Mapping[str, tuple[Any, ...]] = {
     "pre_norm": (False,),
     "pool_include_prefix": (False,),
     "pos_embed": ("learn",),
-    "fix_init": (False, True),
-    "dynamic_img_pad": (False, True),
 }
 UNPORTED_PARTS = {
     "norm_pre.weight": "a norm before the first block (pre_norm)",
@@ -75,7 +73,7 @@ def read_timm(source: str | Path) -> SourceCheckpoint:
     tensors = strip_common_prefix(tensors_of(content, weights, "model"))
     config = weights.parent / "config.json"
     description = read_json(config) if config.is_file() else {}
-    return SourceCheckpoint(weights, tensors, description, container=tuple(map(str, content)))
+    return SourceCheckpoint(weights, tensors, description)
 
 
 def plan_timm(checkpoint: SourceCheckpoint) -> Plan:
