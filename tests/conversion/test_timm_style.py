@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor
 
 import ailurus_hf
@@ -123,6 +123,15 @@ class TestGoldens:
         with pytest.raises(CheckpointError, match="differ from"):
             convert_checkpoint(recipe, golden(*name.split("/")), tmp_path / "out", **settings)
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("case", ["", "resized_"])
+def test_recorded_outputs_are_compared_at_both_sizes(case: str, tmp_path: Path) -> None:
+    source = write_timm(tmp_path / "source", vit_tensors("cls_token norm qkv_bias head"))
+    recorded = {f"{case}pixel_values": torch.randn(1, 3, 32, 40), f"{case}logits": torch.zeros(1, 5)}
+    save_file(recorded, source / "golden.safetensors")
+    with pytest.raises(CheckpointError, match=r"the recorded logits of golden\.safetensors"):
+        convert_checkpoint("timm", source, tmp_path / "out")
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # parts, of vit_tensors, model_args of timm
