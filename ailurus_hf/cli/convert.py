@@ -18,11 +18,20 @@ __all__ = ["convert"]
 
 
 def convert(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Format of the source: segmenter.", show_default=False)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="Format of the source: segmenter, transformers, timm, dino, dinov2, mae, mmseg, ailurus, or auto.",
+            show_default=False,
+        ),
+    ],
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="Checkpoint folder (checkpoint.pth with variant.yml) or file.", show_default=False
+            metavar="SOURCE",
+            help="Checkpoint folder or file; for transformers, timm and ailurus also a name on the Hub.",
+            show_default=False,
         ),
     ],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
@@ -45,11 +54,22 @@ def convert(
             show_default="LABEL_i",
         ),
     ] = None,
-    license: Annotated[str, typer.Option(help="Licence of the weights, for the model card.")] = "unknown",
+    license: Annotated[
+        str | None,
+        typer.Option(help="Licence of the weights, for the model card.", show_default="what the source says"),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Set a field of the config, such as num_attention_heads=6 or image_size=[480,640]; may be repeated.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the key table, write nothing.")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Load the result and compare its logits with the source.")
+        bool, typer.Option("--verify/--no-verify", help="Load the result and compare its output with the source.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -59,6 +79,7 @@ def convert(
     OUT appears only when all of that went well.
     """
     settings = {"keep_ratio": keep_ratio, "cluster_layer": cluster_layer, **_read_labels(labels)}
+    settings |= _parse_assignments(assignments or [])
     with _spinner(f"converting {source}") as progress:
         from ..conversion import CheckpointWarning, convert_checkpoint
 
@@ -96,6 +117,20 @@ def _read_labels(path: Path | None) -> dict[str, Any]:
     return {"id2label": names, "palette": content.get("palette") or None}
 
 
+def _parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """`key=value` pairs; a value is JSON where it reads as such (6, 0.1, true, [480,640]), else text."""
+    settings = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"--set must be key=value, got {assignment!r}")
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            settings[key] = value
+    return settings
+
+
 @contextmanager
 def _spinner(text: str) -> Iterator[Callable[[str], None]]:
     """Show the current step on stderr while it runs; silent where nobody watches."""
@@ -113,6 +148,8 @@ def _as_text(report: "ConversionReport") -> str:
     lines = _key_table(report) if not report.written else []
     size = f"{report.num_tensors} tensors, {report.num_parameters:,} parameters, {report.dtype}"
     lines += [f"source    {report.source}", f"sha256    {report.sha256}"]
+    if report.recognised:
+        lines.append(f"recognised {report.recipe}: {report.recognised}")
     for reason in dict.fromkeys(report.dropped.values()):
         keys = [key for key, why in report.dropped.items() if why == reason]
         lines.append(f"dropped   {', '.join(keys)} ({reason})")
@@ -120,10 +157,13 @@ def _as_text(report: "ConversionReport") -> str:
         return "\n".join([*lines, f"dry run   nothing written; {report.output} would hold {size}"])
     if report.verification is not None:
         difference, against = report.verification.largest_difference, report.verification.against
-        lines.append(f"verified  largest difference of the logits {difference:.1e}, against {against}")
+        lines.append(f"verified  largest difference {difference:.1e}, against {against}")
     lines.append(f"written   {report.output}: {size}")
     model = shlex.quote(str(report.output))
-    lines.append(f"next      ailurus-hf predict IMAGE --model {model} --keep-ratio 0.25 --out predictions")
+    if report.model_class == "AiluRusForSemanticSegmentation":
+        lines.append(f"next      ailurus-hf predict IMAGE --model {model} --keep-ratio 0.25 --out predictions")
+    else:
+        lines.append(f"next      ailurus_hf.{report.model_class}.from_pretrained({str(report.output)!r})")
     return "\n".join(lines)
 
 

@@ -21,15 +21,27 @@ from transformers import PreTrainedModel
 
 from .._files import atomic_directory, check_output_directory
 from ..model_card import CardSource, build_model_card
+from .detection import recognise
 from .reading import CheckpointError, CheckpointWarning, file_sha256
 from .recipe import Plan, Recipe, SourceCheckpoint
 from .report import ConversionReport, KeyRow
-from .rules import Drop, Rename, Rule, SplitRows, Transpose, fill, match, source_of
+from .rules import Drop, Flatten, Rename, Rule, SplitRows, Transpose, fill, match, source_of
+from .sources import weight_files
 from .verification import quiet_transformers, verify_checkpoint
 
 __all__ = ["KeyMapping", "check_rules_used", "convert_checkpoint", "map_keys"]
 
-RECIPES = {"segmenter": "segmenter"}  # name -> module of this folder with its RECIPE
+RECIPES = {  # name -> module of this folder with its RECIPE
+    "segmenter": "segmenter",
+    "transformers": "transformers_vit",
+    "timm": "timm",
+    "dino": "dino",
+    "dinov2": "dinov2",
+    "mae": "mae",
+    "mmseg": "mmseg",
+    "ailurus": "ailurus",
+}
+AUTO = "auto"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
 _SHOWN = 4  # keys named in an error before "and N more"
@@ -54,7 +66,7 @@ def convert_checkpoint(
     max_shard_size: str | int = "5GB",
     verify: bool = True,
     dry_run: bool = False,
-    license: str = "unknown",
+    license: str | None = None,
     progress: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> ConversionReport:
@@ -64,16 +76,18 @@ def convert_checkpoint(
     only when everything succeeded.
 
     Args:
-        recipe: the source format: "segmenter".
-        source: the checkpoint, a folder or a file.
+        recipe: the source format: "segmenter", "transformers", "timm", "dino", "dinov2", "mae", "mmseg", "ailurus"; or
+            "auto" to recognise it.
+        source: the checkpoint: a folder, a file, or for some recipes a name on the Hub.
         output: the folder to write.
         overwrite: replace an existing checkpoint folder.
         dtype: dtype of the saved weights, "float32", "float16" or "bfloat16"; by default the source's.
         max_shard_size: largest weight file, such as "5GB".
-        verify: load the result again and compare its logits, with nothing merged, with the source's own formulas (and
-            with `pixel_values` / `logits` of a `golden.safetensors` beside the source); more than 1e-4 is an error.
+        verify: load the result again and compare its output, with nothing merged, with the source's own formulas (and
+            with outputs recorded in a `golden.safetensors` beside the source); more than 1e-4 is an error.
         dry_run: check everything and return the report, but write nothing.
-        license: licence of the weights for the model card, an identifier that the Hugging Face Hub knows.
+        license: licence of the weights for the model card, an identifier that the Hugging Face Hub knows; by default
+            what the source says, else "unknown".
         progress: called with a short text at each step.
         settings: fields of `AiluRusConfig` to set: `keep_ratio`, `cluster_layer` (default: 2, or less when the model is
             too shallow), `id2label`, ...
@@ -87,10 +101,16 @@ def convert_checkpoint(
         ValueError, TypeError: about an argument.
     """
     tell = progress or (lambda text: None)
-    chosen = _find_recipe(recipe)
+    if recipe != AUTO:
+        _find_recipe(recipe)
     target_dtype = _parse_dtype(dtype)
     _check_shard_size(max_shard_size)
     _check_output(output, source, overwrite)
+    recognised = None
+    if recipe == AUTO:
+        tell(f"recognising {source}")
+        recipe, recognised = recognise(source)
+    chosen = _find_recipe(recipe)
 
     tell(f"reading {source}")
     checkpoint = replace(chosen.read(source), overrides=settings)
@@ -101,14 +121,15 @@ def convert_checkpoint(
     tensors = _convert_tensors(plan, checkpoint, mappings, skeleton, target_dtype)
     not_finite = _not_finite(mappings, tensors)
     report = _report(recipe, checkpoint, Path(output), mappings, tensors, (*plan.notes, *_finite_note(not_finite)))
+    report = replace(report, model_class=plan.model_class, recognised=recognised)
     if not dry_run:
         with atomic_directory(output, overwrite, marker="config.json") as folder, quiet_transformers():
             tell(f"writing {output}")
             _save(folder, skeleton, tensors, plan, max_shard_size)
-            _card(chosen, report, skeleton, license).save(folder / "README.md")
+            _card(chosen, report, skeleton, license or plan.license or "unknown").save(folder / "README.md")
             verification = None
             if verify and not not_finite:
-                tell("verifying: loading the result and comparing its logits with the source's")
+                tell("verifying: loading the result and comparing its output with the source's")
                 verification = verify_checkpoint(folder, plan, checkpoint, tensors)
         report = replace(report, written=True, verification=verification)
     for note in report.warnings:
@@ -185,6 +206,10 @@ def _transform(mapping: KeyMapping, tensor: torch.Tensor) -> tuple[torch.Tensor,
             if tensor.ndim != 2:
                 raise CheckpointError(f"{mapping.source} must be a matrix, got shape {tuple(tensor.shape)}")
             return (tensor.T,)
+        case Flatten():
+            if tensor.ndim != 4 or tensor.shape[2:] != (1, 1):
+                raise CheckpointError(f"{mapping.source} must be a 1 x 1 convolution, got shape {tuple(tensor.shape)}")
+            return (tensor.flatten(1),)
         case SplitRows(targets=targets):
             if tensor.ndim == 0 or len(tensor) % len(targets) or len(tensor) == 0:
                 raise CheckpointError(
@@ -250,7 +275,9 @@ def _label_settings(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
     names = merged.pop("id2label", None)
     if names is None:
         return merged
-    num_labels = plan.config["num_labels"]
+    num_labels = plan.config.get("num_labels")
+    if num_labels is None:
+        raise ValueError("id2label cannot be set: the checkpoint has no classifier")
     try:
         id2label = {int(index): str(label) for index, label in dict(names).items()}
     except (TypeError, ValueError):
@@ -290,7 +317,7 @@ def _report(
     return ConversionReport(
         recipe=recipe,
         source=checkpoint.weights_path,
-        sha256=file_sha256(checkpoint.weights_path),
+        sha256=file_sha256(*weight_files(checkpoint.weights_path)),
         output=output,
         written=False,
         dtype=str(next(iter(tensors.values())).dtype).removeprefix("torch."),
@@ -322,7 +349,7 @@ def _finite_note(not_finite: Sequence[str]) -> list[str]:
 
 def _find_recipe(name: str) -> Recipe:
     if name not in RECIPES:
-        raise ValueError(f"recipe must be one of {', '.join(map(repr, RECIPES))}, got {name!r}")
+        raise ValueError(f"recipe must be one of {', '.join(map(repr, [*RECIPES, AUTO]))}, got {name!r}")
     recipe: Recipe = import_module(f".{RECIPES[name]}", __package__).RECIPE
     return recipe
 

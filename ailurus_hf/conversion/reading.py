@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 __all__ = [
     "CheckpointError",
     "CheckpointWarning",
+    "explain_load_failure",
     "file_sha256",
     "read_safetensors",
     "read_torch_file",
@@ -65,10 +66,10 @@ def read_torch_file(path: Path) -> Any:
             warnings.simplefilter("ignore")  # remarks about old pickle protocols, useless to whoever converts
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged archives raise whatever their bytes happen to spell
-        raise CheckpointError(_explain_load_failure(path, error)) from error
+        raise CheckpointError(explain_load_failure(path, error)) from error
 
 
-def _explain_load_failure(path: Path, error: Exception) -> str:
+def explain_load_failure(path: Path, error: Exception) -> str:
     needed = _GLOBAL.search(str(error))
     if needed is not None:
         return (
@@ -160,7 +161,11 @@ def strip_common_prefix(tensors: Mapping[str, torch.Tensor], prefix: str = "modu
     return dict(tensors)
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_sha256(*paths: Path) -> str:
+    """The SHA-256 of a file, or of several one after the other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

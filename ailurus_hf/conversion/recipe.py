@@ -11,7 +11,7 @@ from .rules import Rule
 
 __all__ = ["Plan", "Recipe", "Reference", "SourceCheckpoint"]
 
-# (source tensors by name, pixel_values (batch_size, num_channels, height, width)) -> logits
+# (source tensors by name, pixel_values (batch_size, num_channels, height, width)) -> the output `Plan.output`
 Reference = Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
 
 
@@ -42,6 +42,11 @@ class Plan:
         processor: arguments of `AiluRusImageProcessor`.
         model_class: public name of the model class.
         reference: the source's own forward, for verification; `None` when there is none.
+        output: the model's output that the reference computes, such as "logits" or "last_hidden_state".
+        recorded: names of outputs recorded in a `golden.safetensors` -> the model's output they are.
+        pads_images: whether the source takes images that are no whole number of patches, as the models here do.
+        resizes: whether the reference takes images of another size than the trained one.
+        license: the licence that the source names for its weights.
         notes: oddities of the source that the user should know.
     """
 
@@ -50,6 +55,11 @@ class Plan:
     processor: Mapping[str, Any]
     model_class: str = "AiluRusForSemanticSegmentation"
     reference: Reference | None = None
+    output: str = "logits"
+    recorded: Mapping[str, str] = field(default_factory=lambda: {"logits": "logits"})
+    pads_images: bool = False
+    resizes: bool = True
+    license: str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -61,7 +71,7 @@ class Recipe:
         title: what the source is called, for messages and the model card.
         url: where its code lives.
         citation: BibTeX of its paper.
-        read: reads a file or folder safely.
+        read: reads a file, a folder or (where that makes sense) a name on the Hub, safely.
         plan: makes the plan.
     """
 

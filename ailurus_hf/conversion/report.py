@@ -37,6 +37,8 @@ class ConversionReport:
         warnings: what deserves a look.
         key_table: every source key.
         verification: what the result was compared with and the largest difference; `None` when not verified.
+        model_class: public name of the model class of the result.
+        recognised: why "auto" chose this recipe; `None` when the caller named it.
     """
 
     recipe: str
@@ -51,6 +53,8 @@ class ConversionReport:
     warnings: tuple[str, ...]
     key_table: tuple[KeyRow, ...]
     verification: Verification | None
+    model_class: str = "AiluRusForSemanticSegmentation"
+    recognised: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report in JSON types."""

@@ -16,8 +16,9 @@ from typing import Any
 
 from .reading import CheckpointError, read_safetensors, read_torch_file, read_yaml, state_dict_of, strip_common_prefix
 from .recipe import Plan, Recipe, SourceCheckpoint
-from .rules import Drop, Rename, Rule, SplitRows, Transpose, match
+from .rules import Drop, Rename, Rule, Transpose, match
 from .segmenter_reference import segmenter_logits
+from .timm_style import block_rules, mlp_rules
 
 __all__ = ["RECIPE", "plan_segmenter", "read_segmenter", "segmenter_rules"]
 
@@ -35,24 +36,17 @@ CITATION = """@inproceedings{strudel2021segmenter,
 }"""
 
 
-def block_rules(source: str, target: str) -> tuple[Rule, ...]:
+def _block_rules(source: str, target: str) -> tuple[Rule, ...]:
     """The rules of one stack of transformer blocks, the same in encoder and mask decoder."""
     block, layer = f"{source}.blocks.{{layer}}", f"{target}.layers.{{layer}}"
-    qkv = tuple(f"{layer}.attention.{name}_proj.{{param}}" for name in "qkv")
-    return (
-        Rename(f"{block}.norm1.{{param:weight|bias}}", f"{layer}.layernorm_before.{{param}}"),
-        SplitRows(f"{block}.attn.qkv.{{param:weight|bias}}", qkv),
-        Rename(f"{block}.attn.proj.{{param:weight|bias}}", f"{layer}.attention.o_proj.{{param}}"),
-        Rename(f"{block}.norm2.{{param:weight|bias}}", f"{layer}.layernorm_after.{{param}}"),
-        Rename(f"{block}.mlp.{{fc:fc1|fc2}}.{{param:weight|bias}}", f"{layer}.mlp.{{fc}}.{{param}}"),
-    )
+    return (*block_rules(block, layer), *mlp_rules(block, layer))
 
 
 ENCODER_RULES: tuple[Rule, ...] = (
     Rename("encoder.cls_token", "ailurus.embeddings.cls_token"),
     Rename("encoder.pos_embed", "ailurus.embeddings.position_embeddings"),
     Rename("encoder.patch_embed.proj.{param:weight|bias}", "ailurus.embeddings.patch_embeddings.projection.{param}"),
-    *block_rules("encoder", "ailurus"),
+    *_block_rules("encoder", "ailurus"),
     Rename("encoder.norm.{param:weight|bias}", "ailurus.layernorm.{param}"),
     Drop("encoder.head.{param:weight|bias}", "the encoder's ImageNet classifier, unused by Segmenter", optional=True),
 )
@@ -69,7 +63,7 @@ DECODER_RULES: Mapping[str, tuple[Rule, ...]] = {
     "mask_transformer": (
         Rename("decoder.cls_emb", "decode_head.class_tokens"),
         Rename("decoder.proj_dec.{param:weight|bias}", "decode_head.projection.{param}"),
-        *block_rules("decoder", "decode_head"),
+        *_block_rules("decoder", "decode_head"),
         Rename("decoder.decoder_norm.{param:weight|bias}", "decode_head.layernorm.{param}"),
         Transpose("decoder.proj_patch", "decode_head.patch_projection.weight"),
         Transpose("decoder.proj_classes", "decode_head.class_projection.weight"),
@@ -144,7 +138,7 @@ def plan_segmenter(checkpoint: SourceCheckpoint) -> Plan:
         num_heads=config["num_attention_heads"],
     )
     rules = segmenter_rules(config["decoder_type"], config["use_distillation_token"])
-    return Plan(config=config, rules=rules, processor=processor, reference=reference, notes=notes)
+    return Plan(config=config, rules=rules, processor=processor, reference=reference, pads_images=True, notes=notes)
 
 
 def _encoder_config(net: Mapping[str, Any]) -> dict[str, Any]:

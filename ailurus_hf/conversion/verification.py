@@ -1,4 +1,4 @@
-"""The last step of a conversion: the written folder is loaded again and its logits are compared with the source's."""
+"""The last step of a conversion: the written folder is loaded again and its output is compared with the source's."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,10 +22,20 @@ RECORDED = "golden.safetensors"
 
 @dataclass(frozen=True)
 class Verification:
-    """What a converted model was compared with, and the largest absolute difference of the logits."""
+    """What a converted model was compared with, and the largest absolute difference of what it computes."""
 
     against: str
     largest_difference: float
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One comparison: the model's output of this name for these pixels must be `expected`."""
+
+    against: str
+    pixel_values: torch.Tensor
+    output: str
+    expected: torch.Tensor
 
 
 @contextmanager
@@ -46,7 +56,7 @@ def quiet_transformers() -> Iterator[None]:
 def verify_checkpoint(
     folder: Path, plan: Plan, checkpoint: SourceCheckpoint, tensors: Mapping[str, torch.Tensor]
 ) -> Verification:
-    """Load a written folder and compare it with what was meant to be written, and with the source's own logits.
+    """Load a written folder and compare it with what was meant to be written, and with the source's own outputs.
 
     Nothing is merged in the comparison (`keep_ratio=1`), and it runs in float32 or above on the values that were saved.
 
@@ -62,19 +72,19 @@ def verify_checkpoint(
     saved_dtype = next(iter(tensors.values())).dtype
     dtype = torch.promote_types(saved_dtype, torch.float32)
     model = _load(folder, plan, tensors, dtype)
-    cases = []
+    cases: list[_Case] = []
     if plan.reference is not None:
         source = {name: tensor.to(saved_dtype).to(dtype) for name, tensor in checkpoint.tensors.items()}
         cases += [
-            ("the source's formulas", image, plan.reference(source, image)) for image in _test_images(model, dtype)
+            _Case("the source's formulas", image, plan.output, plan.reference(source, image))
+            for image in _test_images(model, plan, dtype)
         ]
-    recorded = _recorded(checkpoint.weights_path.parent / RECORDED)
-    if recorded is not None and saved_dtype == dtype:
-        cases.append((f"the recorded logits of {RECORDED}", recorded[0].to(dtype), recorded[1]))
+    if saved_dtype == dtype:
+        cases += _recorded(checkpoint.weights_path.parent / RECORDED, plan, dtype)
     if not cases:
         return Verification("the tensors meant to be saved", 0.0)
-    largest = max(_difference(model, image, logits, against) for against, image, logits in cases)
-    return Verification(" and ".join(dict.fromkeys(against for against, _, _ in cases)), largest)
+    largest = max(_difference(model, case) for case in cases)
+    return Verification(" and ".join(dict.fromkeys(case.against for case in cases)), largest)
 
 
 def _load(folder: Path, plan: Plan, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
@@ -88,35 +98,47 @@ def _load(folder: Path, plan: Plan, tensors: Mapping[str, torch.Tensor], dtype: 
     return model
 
 
-def _test_images(model: PreTrainedModel, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Two seeded images: one of the trained size, and one smaller, not square and not a multiple of the patch size."""
+def _test_images(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Two seeded images: one of the trained size, and one smaller and not square.
+
+    Where the source pads images as the models here do, the second is no whole number of patches either.
+    """
     config = model.config
-    height, width = (side * config.patch_size for side in config.grid_size)
-    smaller = max(config.patch_size, 3 * height // 5 + 1), max(config.patch_size, 9 * width // 10 + 1)
+    patch_size = config.patch_size
+    height, width = (side * patch_size for side in config.grid_size)
+    smaller = max(patch_size, 3 * height // 5 + 1), max(patch_size, 9 * width // 10 + 1)
+    if not plan.pads_images:
+        smaller = (smaller[0] // patch_size * patch_size, (smaller[1] // patch_size + 1) * patch_size)
     generator = torch.Generator().manual_seed(0)
+    sizes = [(height, width), smaller] if plan.resizes else [(height, width)]
+    return [torch.randn(1, config.num_channels, *size, generator=generator).to(dtype) for size in sizes]
+
+
+def _recorded(path: Path, plan: Plan, dtype: torch.dtype) -> list[_Case]:
+    """Outputs recorded beside the source, at the trained size and, with the prefix `resized_`, at another."""
+    if not path.is_file():
+        return []
+    golden = read_safetensors(path)
     return [
-        torch.randn(1, config.num_channels, *size, generator=generator).to(dtype) for size in ((height, width), smaller)
+        _Case(f"the recorded {name} of {RECORDED}", golden[f"{prefix}pixel_values"].to(dtype), output, expected)
+        for prefix in ("", "resized_")
+        for name, output in plan.recorded.items()
+        if f"{prefix}pixel_values" in golden and (expected := golden.get(f"{prefix}{name}")) is not None
     ]
 
 
-def _recorded(path: Path) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if not path.is_file():
-        return None
-    golden = read_safetensors(path)
-    return (golden["pixel_values"], golden["logits"]) if {"pixel_values", "logits"} <= golden.keys() else None
-
-
-def _difference(model: PreTrainedModel, pixel_values: torch.Tensor, expected: torch.Tensor, against: str) -> float:
-    logits = model(pixel_values=pixel_values).logits
-    if logits.shape != expected.shape:
+def _difference(model: PreTrainedModel, case: _Case) -> float:
+    found, expected, against = model(pixel_values=case.pixel_values)[case.output], case.expected, case.against
+    if found.shape != expected.shape:
         raise CheckpointError(
-            f"verification failed: the logits have shape {tuple(logits.shape)}, {against} give {tuple(expected.shape)}"
+            f"verification failed: the {case.output} have shape {tuple(found.shape)}, "
+            f"{against} give {tuple(expected.shape)}"
         )
-    difference = float((logits - expected).abs().max())
+    difference = float((found - expected).abs().max())
     allowed = TOLERANCE + RELATIVE_TOLERANCE * float(expected.abs().max())
     if not difference <= allowed:
         raise CheckpointError(
-            f"verification failed: the logits differ from {against} by {difference:.2g}, allowed {allowed:.2g}; "
-            "nothing was written (--no-verify converts all the same)"
+            f"verification failed: the {case.output} differ from {against} by {difference:.2g}, "
+            f"allowed {allowed:.2g}; nothing was written (--no-verify converts all the same)"
         )
     return difference

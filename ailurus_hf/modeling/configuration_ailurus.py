@@ -104,7 +104,9 @@ class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConf
         image_size: training size in pixels, one number or (height, width); fixes the grid of the learned positions.
         patch_size: side of a patch in pixels.
         num_channels: channels of the input.
+        patch_bias: whether the projection of the patches has a bias.
         qkv_bias: whether query, key and value projections have a bias.
+        use_qk_norm: whether queries and keys pass a LayerNorm of their own in each head.
         layerscale_value: initial LayerScale; None leaves LayerScale out.
         use_cls_token: whether a class token precedes the patches.
         use_distillation_token: whether a distillation token follows the class token.
@@ -120,14 +122,20 @@ class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConf
         apply_layernorm: whether the backbone's feature maps pass the final norm.
         reshape_hidden_states: whether feature maps are (batch_size, hidden_size, height, width), or token sequences
             with the prefix tokens in front.
-        pooling: what stands for the whole image, the class token ("cls") or the mean of the patch tokens ("mean"); None
-            means "cls" where there is a class token.
+        pooling: what stands for the whole image, the class token ("cls"), the mean of the patch tokens ("mean"), or
+            both, one after the other, in a vector of twice the width ("cls_mean"); None means "cls" where there is a
+            class token, else "mean".
+        use_pooler_norm: whether a LayerNorm follows the pooling (`fc_norm` in timm and MAE).
+        use_distillation_classifier: whether the distillation token has a classifier of its own, whose logits are
+            averaged with the other's (distilled DeiT).
         decoder_type: head of the segmentation model, "linear" or "mask_transformer".
         decoder_num_layers: layers of the mask transformer.
         decoder_num_attention_heads: its heads; None means one per 64 channels.
         decoder_intermediate_size: width of its MLP; None means 4 * `hidden_size`.
         decoder_layer_norm_eps: epsilon of the head's LayerNorms; None means `layer_norm_eps`.
         decoder_dropout_prob: dropout of its residual branches.
+        logits_resize: where an image is no whole number of patches: "crop" resizes the logits to the padded image and
+            cuts the padding off (Segmenter), "squeeze" resizes them straight to the image (mmsegmentation).
         semantic_loss_ignore_index: label value that the segmentation loss leaves out.
         palette: colour (red, green, blue) of every class in pictures, 0 to 255; None for a standard palette.
         window_size: side in pixels of the windows for sliding-window inference; None if the model takes whole images.
@@ -151,7 +159,9 @@ class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConf
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int = validated_field(_at_least(1), default=16)
     num_channels: int = validated_field(_at_least(1), default=3)
+    patch_bias: bool = True
     qkv_bias: bool = True
+    use_qk_norm: bool = False
     layerscale_value: float | None = None
     use_cls_token: bool = True
     use_distillation_token: bool = False
@@ -164,13 +174,16 @@ class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConf
     position_resize_rule: str = validated_field(_one_of("shape", "count"), default="shape")
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
-    pooling: str | None = validated_field(_one_of("cls", "mean", None), default=None)
+    pooling: str | None = validated_field(_one_of("cls", "mean", "cls_mean", None), default=None)
+    use_pooler_norm: bool = False
+    use_distillation_classifier: bool = False
     decoder_type: str = validated_field(_one_of("linear", "mask_transformer"), default="linear")
     decoder_num_layers: int = validated_field(_at_least(1), default=2)
     decoder_num_attention_heads: int | None = validated_field(_at_least(1), default=None)
     decoder_intermediate_size: int | None = validated_field(_at_least(1), default=None)
     decoder_layer_norm_eps: float | None = None
     decoder_dropout_prob: float | int = 0.1
+    logits_resize: str = validated_field(_one_of("crop", "squeeze"), default="crop")
     semantic_loss_ignore_index: int = 255
     palette: list[list[int]] | tuple[tuple[int, int, int], ...] | None = None
     window_size: int | None = validated_field(_at_least(1), default=None)
@@ -201,6 +214,11 @@ class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConf
         return self.use_cls_token + self.use_distillation_token + self.num_register_tokens
 
     @property
+    def pooled_size(self) -> int:
+        """Width of the pooled output."""
+        return self.hidden_size * (2 if self.pooling == "cls_mean" else 1)
+
+    @property
     def num_position_rows_before_patches(self) -> int:
         """Rows of the position table that belong to prefix tokens."""
         if self.num_prefix_positions is not None:
@@ -219,8 +237,10 @@ class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConf
             raise ValueError(
                 f"image_size must hold at least one patch of patch_size={self.patch_size}, got {self.image_size}"
             )
-        if self.pooling == "cls" and not self.use_cls_token:
-            raise ValueError("pooling must be 'mean' or None when use_cls_token=False, got 'cls'")
+        if self.pooling in ("cls", "cls_mean") and not self.use_cls_token:
+            raise ValueError(f"pooling must be 'mean' or None when use_cls_token=False, got {self.pooling!r}")
+        if self.use_distillation_classifier and not self.use_distillation_token:
+            raise ValueError("use_distillation_classifier=True needs use_distillation_token=True")
         if self.palette is not None and len(self.palette) != self.num_labels:
             raise ValueError(
                 f"palette must have a colour for each of the num_labels={self.num_labels} classes, "

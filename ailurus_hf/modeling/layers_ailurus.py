@@ -24,6 +24,7 @@ class LayerShape(NamedTuple):
     qkv_bias: bool = True
     layerscale_value: float | None = None
     use_swiglu_ffn: bool = False
+    use_qk_norm: bool = False
 
 
 def eager_attention_forward(
@@ -60,6 +61,10 @@ class AiluRusAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=shape.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=shape.qkv_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_norm, self.k_norm = (
+            nn.LayerNorm(self.head_dim, eps=shape.layer_norm_eps) if shape.use_qk_norm else nn.Identity()
+            for _ in range(2)
+        )
 
     def forward(self, hidden_states: Tensor, log_sizes: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         def split_heads(states: Tensor) -> Tensor:
@@ -70,8 +75,8 @@ class AiluRusAttention(nn.Module):
             ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward),
             implementation,
             self,
-            split_heads(self.q_proj(hidden_states)),
-            split_heads(self.k_proj(hidden_states)),
+            self.q_norm(split_heads(self.q_proj(hidden_states))),
+            self.k_norm(split_heads(self.k_proj(hidden_states))),
             split_heads(self.v_proj(hidden_states)),
             log_sizes,
             scaling=self.scaling,
@@ -92,16 +97,16 @@ class AiluRusMLP(nn.Module):
 
 
 class AiluRusSwiGLUFFN(nn.Module):
-    """Gated MLP; the rows of `weights_in` are the gate, then the value."""
+    """Gated MLP (arXiv 2002.05202, section 2): `down(silu(gate(x)) * up(x))`."""
 
     def __init__(self, config: AiluRusConfig, shape: LayerShape):
         super().__init__()
-        self.weights_in = nn.Linear(config.hidden_size, 2 * shape.intermediate_size)
-        self.weights_out = nn.Linear(shape.intermediate_size, config.hidden_size)
+        self.gate_proj = nn.Linear(config.hidden_size, shape.intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, shape.intermediate_size)
+        self.down_proj = nn.Linear(shape.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        gate, value = self.weights_in(hidden_states).chunk(2, dim=-1)
-        return self.weights_out(F.silu(gate) * value)
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 class AiluRusLayerScale(nn.Module):

@@ -34,7 +34,8 @@ class AiluRusModelOutput(BaseModelOutputWithPooling):
 
     Args:
         last_hidden_state: (batch_size, prefix + N, hidden_size), the full grid after the final norm.
-        pooler_output: (batch_size, hidden_size), class token or mean of the patch tokens, see `config.pooling`.
+        pooler_output: (batch_size, hidden_size), or twice that width for both, class token or mean of the patch tokens,
+            see `config.pooling`.
         hidden_states: of every layer, unfolded to the full grid, before the final norm; on request.
         attentions: of every layer, (batch_size, num_heads, T, T); T counts the *merged* tokens in the layers that ran
             on them, prefix tokens first; on request.
@@ -77,7 +78,8 @@ class AiluRusPatchEmbeddings(nn.Module):
         super().__init__()
         self.num_channels = config.num_channels
         self.patch_size = config.patch_size
-        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
+        size = config.patch_size
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, size, size, bias=config.patch_bias)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Pixels (batch_size, num_channels, height, width) -> tokens (batch_size, N, hidden_size)."""
@@ -248,6 +250,7 @@ class AiluRusModel(AiluRusPreTrainedModel):
         self.merge = AiluRusMergeLayer(config)
         eps = config.layer_norm_eps
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=eps) if config.use_final_norm else nn.Identity()
+        self.pooler_norm = nn.LayerNorm(config.pooled_size, eps=eps) if config.use_pooler_norm else nn.Identity()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -272,7 +275,7 @@ class AiluRusModel(AiluRusPreTrainedModel):
         grid = self.config.patch_grid(*pixel_values.shape[-2:])
         output = self._run_layers(self.embeddings(pixel_values), grid, output_hidden_states, output_attentions)
         output.last_hidden_state = self.layernorm(output.last_hidden_state)
-        output.pooler_output = self._pool(output.last_hidden_state)
+        output.pooler_output = self.pooler_norm(self._pool(output.last_hidden_state))
         return output
 
     def _run_layers(
@@ -318,7 +321,8 @@ class AiluRusModel(AiluRusPreTrainedModel):
         pooling = self.config.pooling or ("cls" if self.config.use_cls_token else "mean")
         if pooling == "cls":
             return last_hidden_state[:, 0]
-        return last_hidden_state[:, self.config.num_prefix_tokens :].mean(1)
+        mean = last_hidden_state[:, self.config.num_prefix_tokens :].mean(1)
+        return mean if pooling == "mean" else torch.cat([last_hidden_state[:, 0], mean], dim=-1)
 
 
 def _encoder_shape(config: AiluRusConfig, index: int) -> LayerShape:
@@ -331,6 +335,7 @@ def _encoder_shape(config: AiluRusConfig, index: int) -> LayerShape:
         qkv_bias=config.qkv_bias,
         layerscale_value=config.layerscale_value,
         use_swiglu_ffn=config.use_swiglu_ffn,
+        use_qk_norm=config.use_qk_norm,
     )
 
 
@@ -476,9 +481,11 @@ class AiluRusForSemanticSegmentation(AiluRusPreTrainedModel):
         grid = self.config.patch_grid(height, width)
         patches = output.last_hidden_state[:, self.config.num_prefix_tokens :]
         logits = self.decode_head(patches).transpose(1, 2).unflatten(2, grid)
-        # The padding that filled the last patches is upsampled with the rest and cut off, as in Segmenter.
-        padded = (grid[0] * self.config.patch_size, grid[1] * self.config.patch_size)
-        logits = F.interpolate(logits, size=padded, mode="bilinear")[..., :height, :width]
+        size = (height, width)
+        if self.config.logits_resize == "crop":
+            # The padding that filled the last patches is upsampled with the rest and cut off, as in Segmenter.
+            size = (grid[0] * self.config.patch_size, grid[1] * self.config.patch_size)
+        logits = F.interpolate(logits, size=size, mode="bilinear")[..., :height, :width]
         return AiluRusSemanticSegmenterOutput(
             loss=None if labels is None else self._loss(logits, labels),
             logits=logits,
@@ -496,12 +503,17 @@ class AiluRusForSemanticSegmentation(AiluRusPreTrainedModel):
 
 
 class AiluRusForImageClassification(AiluRusPreTrainedModel):
-    """AiluRus encoder with a linear classifier on the pooled output, see `config.pooling`."""
+    """AiluRus encoder with a linear classifier on the pooled output, see `config.pooling`.
+
+    With `config.use_distillation_classifier` the logits are the mean of two classifiers', as in distilled DeiT.
+    """
 
     def __init__(self, config: AiluRusConfig):
         super().__init__(config)
         self.ailurus = AiluRusModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.pooled_size, config.num_labels)
+        distilled = config.use_distillation_classifier
+        self.distillation_classifier = nn.Linear(config.hidden_size, config.num_labels) if distilled else None
         self.post_init()
 
     @can_return_tuple
@@ -522,6 +534,9 @@ class AiluRusForImageClassification(AiluRusPreTrainedModel):
         """
         output = self.ailurus(pixel_values, output_hidden_states, output_attentions, return_dict=True)
         logits = self.classifier(output.pooler_output)
+        if self.distillation_classifier is not None:
+            distilled = output.last_hidden_state[:, int(self.config.use_cls_token)]
+            logits = (logits + self.distillation_classifier(distilled)) / 2
         return AiluRusImageClassifierOutput(
             loss=None if labels is None else self.loss_function(labels, logits, self.config),
             logits=logits,

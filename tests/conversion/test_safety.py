@@ -83,6 +83,19 @@ def test_broken_safetensors_are_refused(file: str, scratch: Path, capfd: pytest.
     assert_refused(golden("safety", "truncated_safetensors", file), f"{file} is damaged", scratch, capfd)
 
 
+@pytest.mark.parametrize("recipe", ["transformers", "timm", "dino", "dinov2", "mae", "mmseg", "ailurus", "auto"])
+@pytest.mark.parametrize("name", [name for name, _ in REFUSED if name.startswith("malicious")])
+def test_no_recipe_runs_what_a_file_holds(
+    name: str, recipe: str, scratch: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also not those that read tensors beside other objects."""
+    assert main(["convert", recipe, str(golden("safety", name)), "out", "--set", "num_attention_heads=1"]) == 2
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1
+    assert list(scratch.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", CONVERTS)
 def test_valid_checkpoint_converts(name: str, scratch: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "segmenter", str(golden("safety", name)), "out"]) == 0

@@ -439,7 +439,7 @@ class TestRefusals:
         assert "\n" not in str(caught.value)
 
     def test_unknown_recipe(self, source: Path, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="'segmenter', got 'segmentr'"):
+        with pytest.raises(ValueError, match="'auto', got 'segmentr'"):
             convert_checkpoint("segmentr", source, tmp_path / "out")
 
     def test_missing_files(self, source: Path, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ BAD_SETTINGS = [
     ({"decoder_type": "fpn"}, "one of 'linear', 'mask_transformer', got 'fpn'"),
     ({"position_interpolation": "nearest"}, "one of 'bicubic', 'bilinear', got 'nearest'"),
     ({"patch_size": 0}, "at least 1, got 0"),
+    ({"pooling": "max"}, "one of 'cls', 'mean', 'cls_mean', None, got 'max'"),
+    ({"logits_resize": "pad"}, "one of 'crop', 'squeeze', got 'pad'"),
 ]  # fmt: skip
 
 
@@ -49,6 +51,8 @@ def test_refuses_bad_values_at_construction_and_assignment(settings, message):
         ({"num_prefix_positions": 2}, "num_prefix_positions must be at most the number of prefix tokens 1, got 2"),
         ({"palette": [[0, 0, 0]]}, "palette must have a colour for each of the num_labels=5 classes, got 1"),
         ({"pooling": "cls", "use_cls_token": False}, "pooling must be 'mean' or None when use_cls_token=False"),
+        ({"pooling": "cls_mean", "use_cls_token": False}, "use_cls_token=False, got 'cls_mean'"),
+        ({"use_distillation_classifier": True}, "needs use_distillation_token=True"),
     ],
     ids=str,
 )

@@ -29,6 +29,9 @@ VARIANTS = {
     "layer scale": {"layerscale_value": 0.5},
     "swiglu": {"use_swiglu_ffn": True},
     "no qkv bias": {"qkv_bias": False},
+    "no patch bias": {"patch_bias": False},
+    "qk norm": {"use_qk_norm": True},
+    "pooler norm": {"use_pooler_norm": True, "pooling": "cls_mean"},
     "no final norm": {"use_final_norm": False},
     "copy": {"unfold": "copy"},
     "tail": {"tail_layers": 1},
@@ -331,6 +334,60 @@ def test_classification_pools_and_has_a_loss():
     pooled = model.ailurus(random_images()).last_hidden_state[:, 1:].mean(1)
     torch.testing.assert_close(output.logits, model.classifier(pooled))
     torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(output.logits, torch.tensor([1, 4])))
+
+
+def test_class_token_and_mean_side_by_side():
+    model = tiny_model(AiluRusForImageClassification, pooling="cls_mean", num_register_tokens=2, keep_ratio=1)
+    states = model.ailurus(random_images()).last_hidden_state
+    pooled = torch.cat([states[:, 0], states[:, 3:].mean(1)], dim=-1)
+    assert torch.equal(model.ailurus(random_images()).pooler_output, pooled)
+    assert torch.equal(model(random_images()).logits, model.classifier(pooled))
+
+
+def test_a_norm_may_follow_the_pooling():
+    model = tiny_model(AiluRusModel, pooling="mean", use_pooler_norm=True, use_final_norm=False, layer_norm_eps=1e-3)
+    output, norm = model(random_images()), model.pooler_norm
+    mean = output.last_hidden_state[:, 1:].mean(1)
+    expected = torch.nn.functional.layer_norm(mean, (32,), norm.weight, norm.bias, eps=1e-3)
+    torch.testing.assert_close(output.pooler_output, expected)
+
+
+def test_the_distillation_tokens_classifier_has_half_the_say():
+    model = tiny_model(
+        AiluRusForImageClassification, use_distillation_token=True, use_distillation_classifier=True, keep_ratio=1
+    )
+    states = model.ailurus(random_images()).last_hidden_state
+    expected = (model.classifier(states[:, 0]) + model.distillation_classifier(states[:, 1])) / 2
+    assert torch.equal(model(random_images()).logits, expected)
+
+
+def test_queries_and_keys_are_normalised_in_each_head():
+    """The norm's scale of a query cannot change with its input's: doubling the projections changes nothing."""
+    model = tiny_model(AiluRusModel, use_qk_norm=True, keep_ratio=1, layer_norm_eps=0.0)
+    expected = model(random_images()).last_hidden_state
+    for layer in model.layers:
+        for projection in (layer.attention.q_proj, layer.attention.k_proj):
+            projection.weight.mul_(2)
+            projection.bias.mul_(2)
+    torch.testing.assert_close(model(random_images()).last_hidden_state, expected)
+    assert model.layers[0].attention.q_norm.weight.shape == (8,)
+
+
+def test_logits_squeezed_to_the_image():
+    """An image of 5.6 x 6.3 patches; one of whole patches is resized the same in both ways."""
+    model = tiny_model(AiluRusForSemanticSegmentation, keep_ratio=1)
+    images = random_images(1, 45, 50)
+    states = model.ailurus(images).last_hidden_state[:, 1:]
+    maps = model.decode_head(states).transpose(1, 2).unflatten(2, (6, 7))
+    model.config.logits_resize = "squeeze"
+    expected = torch.nn.functional.interpolate(maps, size=(45, 50), mode="bilinear")
+    assert torch.equal(model(images).logits, expected)
+    model.config.logits_resize = "crop"
+    assert not torch.allclose(model(images).logits, expected, atol=1e-3)
+    whole = random_images(1, 40, 48)
+    cropped = model(whole).logits
+    model.config.logits_resize = "squeeze"
+    assert torch.equal(model(whole).logits, cropped)
 
 
 def test_stochastic_depth_acts_in_training_only():

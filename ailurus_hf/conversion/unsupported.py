@@ -1,0 +1,67 @@
+"""Families of vision transformers that are no plain ViT, recognised so that they can be refused by name."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from .reading import CheckpointError
+
+__all__ = ["UNSUPPORTED_KEYS", "UNSUPPORTED_MODEL_TYPES", "refuse_unsupported", "unsupported_family"]
+
+# family -> a pattern found in its tensor names; the first that matches names the family
+UNSUPPORTED_KEYS: Mapping[str, str] = {
+    "SAM": r"(^|\.)(image_encoder|vision_encoder)\..*rel_pos_[hw]$|(^|\.)mask_decoder\.",
+    "ViTDet (relative positions)": r"rel_pos_[hw]$",
+    "Swin": r"(^|\.)(layers|stages)\.\d+\.blocks\.\d+\..*(relative_position_|logit_scale|cpb_mlp)|"
+    r"(^|\.)(layers|stages)\.\d+\.downsample\.|w_msa\.relative_position",
+    "BEiT with relative position bias": r"relative_position_bias",
+    "SegFormer": r"(^|\.)(patch_embed[1-4]|attn\.sr|attention\.self\.sr)\.|^backbone\.layers\.\d+\.1\.\d+\.attn\.",
+    "Hiera": r"(^|\.)blocks\.\d+\.(attn\.pool|proj\.)|pos_embed_spatial",
+    "DINOv3 or another ViT with rotary positions": r"(^|\.)rope(_embed|_embeddings)?\.|inv_freq$",
+    "ConvNeXt": r"\.(dwconv|conv_dw)\.",
+}
+# model_type of transformers -> family
+UNSUPPORTED_MODEL_TYPES: Mapping[str, str] = {
+    "swin": "Swin",
+    "swinv2": "Swin V2",
+    "beit": "BEiT with relative position bias",
+    "data2vec-vision": "Data2Vec with relative position bias",
+    "sam": "SAM",
+    "sam2": "SAM 2",
+    "sam3": "SAM 3",
+    "sam_hq": "SAM-HQ",
+    "vitdet": "ViTDet (relative positions)",
+    "segformer": "SegFormer",
+    "hiera": "Hiera",
+    "pvt": "PVT",
+    "pvt_v2": "PVT v2",
+    "dinov3_vit": "DINOv3 (rotary positions)",
+    "clip": "CLIP",
+    "siglip": "SigLIP",
+    "dpt": "DPT",
+    "depth_anything": "Depth Anything",
+    "yolos": "YOLOS",
+    "eomt": "EoMT",
+    "convnext": "ConvNeXt",
+}
+
+
+def unsupported_family(keys: Iterable[str]) -> str | None:
+    """The family that these tensor names belong to, when it is one that cannot be ported; else `None`."""
+    names = "\n".join(keys)
+    return next(
+        (family for family, pattern in UNSUPPORTED_KEYS.items() if re.search(pattern, names, re.MULTILINE)), None
+    )
+
+
+def refuse_unsupported(source: object, keys: Iterable[str] = (), model_type: object = None) -> None:
+    """Refuse a source of an unsupported family, told from its tensor names or transformers' `model_type`.
+
+    Raises:
+        CheckpointError: names the family, and the adapter to use instead.
+    """
+    family = UNSUPPORTED_MODEL_TYPES.get(str(model_type)) or unsupported_family(keys)
+    if family is not None:
+        raise CheckpointError(
+            f"{source} is a {family} model: only plain ViTs with learned absolute positions are converted; "
+            "for this family adapt the original model with apply_ailurus (planned) instead"
+        )

@@ -1,0 +1,317 @@
+"""The timm, DINO, DINOv2 and MAE recipes: names, settings, outputs of the original code, and what is refused."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor
+
+import ailurus_hf
+from ailurus_hf import AiluRusConfig
+from ailurus_hf.conversion import CheckpointError, convert_checkpoint
+from ailurus_hf.conversion.engine import check_rules_used, map_keys
+from ailurus_hf.conversion.timm_style import TimmParts, encoder_rules
+from tests.conversion.vit_files import HEADS, vit_tensors, write_timm
+from tests.paths import golden
+
+TOLERANCE = 3e-5
+
+
+def load(folder: Path, report: Any, **settings: Any) -> Any:
+    return getattr(ailurus_hf, report.model_class).from_pretrained(folder, keep_ratio=1.0, **settings).eval()
+
+
+@torch.no_grad()
+def outputs(model: Any, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Every output that a golden of these projects may have recorded, by a name of our own."""
+    encoder = getattr(model, "ailurus", model)
+    states = encoder(pixel_values, output_hidden_states=True)
+    prefix = model.config.num_prefix_tokens
+    grid = model.config.patch_grid(*pixel_values.shape[-2:])
+    found = {"tokens": states.last_hidden_state, "pooled": states.pooler_output}
+    for index, hidden in enumerate(states.hidden_states[1:]):
+        normed = encoder.layernorm(hidden)
+        found |= {
+            f"normed{index}": normed,
+            f"prefix{index}": normed[:, :prefix],
+            f"raw_prefix{index}": hidden[:, :prefix],
+        }
+        found[f"map{index}"] = normed[:, prefix:].transpose(1, 2).unflatten(2, grid)
+        found[f"raw_map{index}"] = hidden[:, prefix:].transpose(1, 2).unflatten(2, grid)
+    if hasattr(model, "classifier"):
+        found["logits"] = model(pixel_values).logits
+    return found
+
+
+TIMM = {"tokens": "tokens", "logits": "logits"} | {f"block{i}_feature_map": f"raw_map{i}" for i in range(3)}
+TIMM |= {f"block{i}_prefix_tokens": f"raw_prefix{i}" for i in range(3)}
+DINO = {"cls": "pooled", "intermediate1_tokens": "normed1", "intermediate2_tokens": "normed2"}
+DINOV2 = {"x_norm_clstoken": "pooled", "x_norm_patchtokens": "patches"}
+DINOV2 |= {f"intermediate{i}_feature_map": f"map{i}" for i in (0, 2)}
+DINOV2 |= {f"intermediate{i}_class_token": f"class{i}" for i in (0, 2)}
+MAE = {"encoder_tokens": "tokens", "pooled": "pooled", "logits": "logits"}
+GOLDENS = [
+    ("timm", "timm_vit/vit_cls", "", TIMM),
+    ("timm", "timm_vit/vit_cls_dynamic", "", TIMM | {"logits": "pooled"}),
+    ("dino", "dino/backbone", "", DINO),
+    ("dino", "dino/full_checkpoint", "", DINO),
+    ("dinov2", "dinov2/vit_mlp", "", DINOV2),
+    ("mae", "mae/pretrain_full", "mae_pretrain_vit_tiny.pth", MAE),
+    ("mae", "mae/pretrain_full", "checkpoint-1.pth", MAE),
+    ("mae", "mae/finetune_cls", "", MAE),
+    ("mae", "mae/finetune_gap", "", MAE),
+]
+
+
+class TestGoldens:
+    @pytest.mark.parametrize(("recipe", "name", "file", "names"), GOLDENS, ids=lambda value: str(value)[:40])
+    def test_every_recorded_output(
+        self, recipe: str, name: str, file: str, names: dict[str, str], tmp_path: Path
+    ) -> None:
+        folder = golden(*name.split("/"))
+        settings = {} if recipe == "timm" else {"num_attention_heads": 3}
+        report = convert_checkpoint(recipe, folder / file, tmp_path / "out", **settings)
+        assert report.verification is not None
+        assert report.verification.largest_difference <= TOLERANCE
+        assert "golden.safetensors" in report.verification.against
+        expected = load_file(folder / "golden.safetensors")
+        model = load(tmp_path / "out", report)
+        compared = 0
+        for case in ("", "resized_"):
+            if f"{case}pixel_values" not in expected:
+                continue
+            found = outputs(model, expected[f"{case}pixel_values"])
+            found["patches"] = found["tokens"][:, model.config.num_prefix_tokens :]
+            found |= {f"class{i}": found[f"prefix{i}"][:, 0] for i in range(3) if f"prefix{i}" in found}
+            for theirs, ours in names.items():
+                if f"{case}{theirs}" in expected:
+                    assert (found[ours] - expected[f"{case}{theirs}"]).abs().max() <= TOLERANCE, f"{case}{theirs}"
+                    compared += 1
+        inputs = [key for key in expected if key.endswith("pixel_values")]
+        attentions = [key for key in expected if key.endswith("attention")]
+        assert compared == len(expected) - len(inputs) - len(attentions)
+
+    @pytest.mark.parametrize("name", ["dino/backbone", "dino/full_checkpoint"])
+    def test_attention_of_dino(self, name: str, tmp_path: Path) -> None:
+        folder = golden(*name.split("/"))
+        report = convert_checkpoint("dino", folder, tmp_path / "out", num_attention_heads=3)
+        model = load(tmp_path / "out", report, attn_implementation="eager")
+        expected = load_file(folder / "golden.safetensors")
+        for case in ("", "resized_"):
+            with torch.no_grad():
+                found = model(expected[f"{case}pixel_values"], output_attentions=True).attentions[-1]
+            assert (found - expected[f"{case}last_self_attention"]).abs().max() <= 1e-5
+
+    @pytest.mark.parametrize(
+        ("recipe", "name", "wrong"),
+        [
+            ("timm", "timm_vit/vit_cls_dynamic", {"position_antialias": False}),
+            ("timm", "timm_vit/vit_cls_dynamic", {"layer_norm_eps": 1e-5}),
+            ("dino", "dino/backbone", {"position_offset": 0.0}),
+            ("dinov2", "dinov2/vit_mlp", {"num_attention_heads": 6}),
+            ("mae", "mae/finetune_gap", {"pooling": "cls"}),
+            ("mae", "mae/finetune_cls", {"hidden_act": "gelu_pytorch_tanh"}),
+        ],
+    )
+    def test_a_wrong_setting_is_caught(self, recipe: str, name: str, wrong: dict[str, Any], tmp_path: Path) -> None:
+        settings = wrong if recipe == "timm" else {"num_attention_heads": 3} | wrong
+        with pytest.raises(CheckpointError, match="differ from"):
+            convert_checkpoint(recipe, golden(*name.split("/")), tmp_path / "out", **settings)
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("case", ["", "resized_"])
+def test_recorded_outputs_are_compared_at_both_sizes(case: str, tmp_path: Path) -> None:
+    source = write_timm(tmp_path / "source", vit_tensors("cls_token norm qkv_bias head"))
+    recorded = {f"{case}pixel_values": torch.randn(1, 3, 32, 40), f"{case}logits": torch.zeros(1, 5)}
+    save_file(recorded, source / "golden.safetensors")
+    with pytest.raises(CheckpointError, match=r"the recorded logits of golden\.safetensors"):
+        convert_checkpoint("timm", source, tmp_path / "out")
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # parts, of vit_tensors, model_args of timm
+    "plain": ("cls_token norm qkv_bias", {}, {}),
+    "classifier": ("cls_token norm qkv_bias head", {}, {"num_classes": 5}),
+    "no class token": ("norm qkv_bias head", {"position_rows": 0}, {"class_token": False, "global_pool": "avg"}),
+    "registers": ("cls_token reg_token norm qkv_bias", {"position_rows": 3}, {"reg_tokens": 2}),
+    "registers without positions": (
+        "cls_token reg_token norm qkv_bias",
+        {"position_rows": 0},
+        {"reg_tokens": 2, "no_embed_class": True},
+    ),
+    "layer scale": ("cls_token norm qkv_bias ls", {}, {"init_values": 1e-5}),
+    "fc_norm": ("cls_token fc_norm qkv_bias head", {}, {"global_pool": "avg"}),
+    "no qkv bias": ("cls_token norm", {}, {"qkv_bias": False}),
+    "qk norm": ("cls_token norm qkv_bias qk_norm", {}, {"qk_norm": True}),
+    "distilled": ("cls_token dist_token norm qkv_bias head head_dist", {"position_rows": 2}, {}),
+    "not square": ("cls_token norm qkv_bias", {"grid": (2, 5)}, {"img_size": [16, 40]}),
+    "patch 14": ("cls_token norm qkv_bias", {"patch": 14}, {"img_size": 56}),
+    "patch 16": ("cls_token norm qkv_bias", {"patch": 16}, {"img_size": [64, 64]}),
+    "patch 32": ("cls_token norm qkv_bias", {"patch": 32}, {"img_size": 128}),
+}
+
+
+class TestTimm:
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_variants(self, name: str, tmp_path: Path) -> None:
+        """Compared with the formulas written out in `vit_reference`, at the trained size and at another."""
+        parts, shape, arguments = VARIANTS[name]
+        source = write_timm(tmp_path / "source", vit_tensors(parts, **shape), **arguments)
+        report = convert_checkpoint("timm", source, tmp_path / "out")
+        assert report.verification is not None
+        assert report.verification.largest_difference <= TOLERANCE
+        assert report.model_class == ("AiluRusForImageClassification" if "head" in parts else "AiluRusModel")
+
+    def test_preprocessing_and_licence(self, tmp_path: Path) -> None:
+        source = write_timm(tmp_path / "source", vit_tensors("cls_token norm qkv_bias head"))
+        convert_checkpoint("timm", source, tmp_path / "out")
+        processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+        assert (list(processor.image_mean), list(processor.image_std)) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+        assert processor.size["shortest_edge"] == 40
+        image = torch.zeros(3, 60, 50, dtype=torch.uint8)
+        assert processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
+        assert ModelCard.load(tmp_path / "out" / "README.md").data.license == "cc-by-4.0"
+
+    def test_a_bare_file(self, tmp_path: Path) -> None:
+        torch.save({"state_dict": 1, "model": vit_tensors()}, tmp_path / "x.pth")
+        convert_checkpoint("timm", tmp_path / "x.pth", tmp_path / "out", num_attention_heads=HEADS)
+        assert AiluRusConfig.from_pretrained(tmp_path / "out").position_antialias
+
+    @pytest.mark.parametrize(
+        ("parts", "arguments", "said"),
+        [
+            ("cls_token norm qkv_bias", {"num_heads": None}, "add --set num_attention_heads=N"),
+            ("cls_token norm qkv_bias head", {"global_pool": "map"}, "must be 'token' or 'avg', got 'map'"),
+            ("cls_token norm qkv_bias", {"act_layer": "quick_gelu"}, "act_layer must be one of"),
+            ("cls_token norm qkv_bias", {"img_size": "64"}, "img_size must be"),
+            ("cls_token norm qkv_bias", {"img_size": 64}, "wrong shape of pos_embed"),
+            ("cls_token norm qkv_bias", {"no_embed_class": True}, "wrong shape of pos_embed"),
+        ],
+    )
+    def test_refusals(self, parts: str, arguments: dict[str, Any], said: str, tmp_path: Path) -> None:
+        source = write_timm(tmp_path / "source", vit_tensors(parts), **arguments)
+        with pytest.raises(CheckpointError, match=said):
+            convert_checkpoint("timm", source, tmp_path / "out")
+
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("norm_pre.weight", "a norm before the first block"),
+            ("attn_pool.latent", "attention pooling"),
+            ("blocks.0.attn.relative_position_bias_table", "BEiT with relative position bias model.*apply_ailurus"),
+            ("layers.0.blocks.0.attn.relative_position_bias_table", "Swin model.*apply_ailurus"),
+            ("blocks.0.attn.rel_pos_h", "ViTDet"),
+            ("rope.periods", "rotary"),
+            ("extra.weight", r"unknown to this recipe: extra\.weight"),
+        ],
+    )
+    def test_parts_that_are_not_ported(self, name: str, said: str, tmp_path: Path) -> None:
+        source = write_timm(tmp_path / "source", vit_tensors() | {name: torch.zeros(3)})
+        with pytest.raises(CheckpointError, match=said):
+            convert_checkpoint("timm", source, tmp_path / "out")
+
+    def test_a_block_left_out(self, tmp_path: Path) -> None:
+        tensors = {name: tensor for name, tensor in vit_tensors().items() if not name.startswith("blocks.1.")}
+        with pytest.raises(CheckpointError, match=r"missing in the checkpoint: all of blocks\.1"):
+            convert_checkpoint("timm", write_timm(tmp_path / "source", tensors), tmp_path / "out")
+
+    def test_the_grid_must_be_square_or_told(self, tmp_path: Path) -> None:
+        torch.save(vit_tensors(grid=(2, 5)), tmp_path / "x.pth")
+        with pytest.raises(CheckpointError, match="10 rows for patches, which is no square grid; add --set image_size"):
+            convert_checkpoint("timm", tmp_path / "x.pth", tmp_path / "out", num_attention_heads=HEADS)
+        convert_checkpoint("timm", tmp_path / "x.pth", tmp_path / "out", num_attention_heads=HEADS, image_size=[16, 40])
+
+
+class TestDinov2:
+    @pytest.mark.parametrize("chunks", [False, True])
+    @pytest.mark.parametrize("parts", ["", "register_tokens", "swiglu", "register_tokens swiglu"])
+    def test_variants(self, parts: str, chunks: bool, tmp_path: Path) -> None:
+        tensors = vit_tensors(f"cls_token mask_token norm qkv_bias ls {parts}", chunks=chunks)
+        torch.save(tensors, tmp_path / "x.pth")
+        report = convert_checkpoint("dinov2", tmp_path / "x.pth", tmp_path / "out", num_attention_heads=HEADS)
+        assert report.verification is not None
+        assert report.verification.largest_difference <= TOLERANCE
+        assert list(report.dropped) == ["mask_token"]
+        config = AiluRusConfig.from_pretrained(tmp_path / "out")
+        registers = "register_tokens" in parts
+        assert config.num_register_tokens == (2 if registers else 0)
+        assert (config.position_offset, config.position_antialias) == ((0.0, True) if registers else (0.1, False))
+
+    def test_a_training_checkpoint(self, tmp_path: Path) -> None:
+        tensors = vit_tensors("cls_token mask_token norm qkv_bias ls", prefix="backbone.")
+        torch.save({"teacher": tensors | {"dino_head.mlp.0.weight": torch.zeros(2, 2)}}, tmp_path / "x.pth")
+        report = convert_checkpoint("dinov2", tmp_path / "x.pth", tmp_path / "out", num_attention_heads=HEADS)
+        assert set(report.dropped) == {"backbone.mask_token", "dino_head.mlp.0.weight"}
+
+    def test_positions_may_be_resized_otherwise(self, tmp_path: Path) -> None:
+        torch.save(vit_tensors("cls_token mask_token norm qkv_bias ls"), tmp_path / "x.pth")
+        settings = {"num_attention_heads": HEADS, "position_offset": 0.0}
+        report = convert_checkpoint("dinov2", tmp_path / "x.pth", tmp_path / "out", **settings)
+        assert report.verification is not None
+        assert AiluRusConfig.from_pretrained(tmp_path / "out").position_offset == 0.0
+
+
+class TestTraining:
+    def test_objects_beside_the_tensors_are_harmless(self, tmp_path: Path) -> None:
+        teacher = vit_tensors(prefix="backbone.") | {"head.last_layer.weight_g": torch.ones(2, 1)}
+        student = {f"module.{name}": tensor + 1 for name, tensor in teacher.items()}
+        torch.save({"student": student, "teacher": teacher, "args": Namespace(arch="x")}, tmp_path / "x.pth")
+        report = convert_checkpoint("dino", tmp_path / "x.pth", tmp_path / "out", num_attention_heads=HEADS)
+        weights = load_file(tmp_path / "out" / "model.safetensors")
+        assert torch.equal(weights["embeddings.cls_token"], teacher["backbone.cls_token"])
+        assert list(report.dropped) == ["head.last_layer.weight_g"]
+
+    def test_published_widths_have_known_heads(self, tmp_path: Path) -> None:
+        torch.save(vit_tensors(), tmp_path / "x.pth")
+        with pytest.raises(CheckpointError, match="none is published for tokens 32 wide"):
+            convert_checkpoint("mae", tmp_path / "x.pth", tmp_path / "out")
+
+
+class TestKeys:
+    """Names as strings, without weights."""
+
+    @pytest.mark.parametrize(
+        ("source", "targets"),
+        [
+            ("cls_token", ["embeddings.cls_token"]),
+            ("dist_token", ["embeddings.distillation_token"]),
+            ("reg_token", ["embeddings.register_tokens"]),
+            ("pos_embed", ["embeddings.position_embeddings"]),
+            ("patch_embed.proj.weight", ["embeddings.patch_embeddings.projection.weight"]),
+            ("blocks.11.norm1.bias", ["layers.11.layernorm_before.bias"]),
+            ("blocks.0.attn.qkv.weight", [f"layers.0.attention.{n}_proj.weight" for n in "qkv"]),
+            ("blocks.0.attn.proj.bias", ["layers.0.attention.o_proj.bias"]),
+            ("blocks.0.attn.k_norm.bias", ["layers.0.attention.k_norm.bias"]),
+            ("blocks.0.ls2.gamma", ["layers.0.layer_scale2.lambda1"]),
+            ("blocks.0.norm2.weight", ["layers.0.layernorm_after.weight"]),
+            ("blocks.0.mlp.fc2.weight", ["layers.0.mlp.fc2.weight"]),
+            ("norm.weight", ["layernorm.weight"]),
+            ("fc_norm.weight", ["pooler_norm.weight"]),
+        ],
+    )
+    def test_one_by_one(self, source: str, targets: list[str]) -> None:
+        keys = frozenset(vit_tensors("cls_token dist_token reg_token ls qk_norm fc_norm norm qkv_bias"))
+        (mapping,) = map_keys(encoder_rules(TimmParts(keys), ""), [source])
+        assert list(mapping.targets) == targets
+
+    def test_gated_mlp_and_chunks(self) -> None:
+        keys = frozenset(vit_tensors("cls_token swiglu norm", prefix="backbone.", chunks=True))
+        rules = encoder_rules(TimmParts(keys, "backbone.", chunked=True), "ailurus.")
+        mappings = {m.source: m.targets for m in map_keys(rules, keys)}
+        check_rules_used(rules, map_keys(rules, keys))
+        assert mappings["backbone.blocks.1.2.mlp.w12.bias"] == (
+            "ailurus.layers.2.mlp.gate_proj.bias",
+            "ailurus.layers.2.mlp.up_proj.bias",
+        )
+
+    def test_dry_run_lists_them(self, tmp_path: Path) -> None:
+        source = write_timm(tmp_path / "source", vit_tensors())
+        report = convert_checkpoint("timm", source, tmp_path / "out", dry_run=True)
+        assert {row.source for row in report.key_table} == set(vit_tensors())
+        assert json.dumps(report.to_dict())
+        assert not (tmp_path / "out").exists()
