@@ -24,12 +24,12 @@ from ..model_card import CardSource, build_model_card
 from .reading import CheckpointError, CheckpointWarning, file_sha256
 from .recipe import Plan, Recipe, SourceCheckpoint
 from .report import ConversionReport, KeyRow
-from .rules import Drop, Rename, Rule, SplitRows, Transpose, fill, match, source_of
+from .rules import Drop, Flatten, Rename, Rule, SplitRows, Transpose, fill, match, source_of
 from .verification import quiet_transformers, verify_checkpoint
 
 __all__ = ["KeyMapping", "check_rules_used", "convert_checkpoint", "map_keys"]
 
-RECIPES = {"segmenter": "segmenter"}  # name -> module of this folder with its RECIPE
+RECIPES = {"segformer": "segformer", "segmenter": "segmenter"}  # name -> module of this folder with its RECIPE
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
 _SHOWN = 4  # keys named in an error before "and N more"
@@ -64,7 +64,7 @@ def convert_checkpoint(
     only when everything succeeded.
 
     Args:
-        recipe: the source format: "segmenter".
+        recipe: the source format: "segmenter", or "segformer" (of transformers, NVlabs or mmsegmentation).
         source: the checkpoint, a folder or a file.
         output: the folder to write.
         overwrite: replace an existing checkpoint folder.
@@ -75,8 +75,8 @@ def convert_checkpoint(
         dry_run: check everything and return the report, but write nothing.
         license: licence of the weights for the model card, an identifier that the Hugging Face Hub knows.
         progress: called with a short text at each step.
-        settings: fields of `AiluRusConfig` to set: `keep_ratio`, `cluster_layer` (default: 2, or less when the model is
-            too shallow), `id2label`, ...
+        settings: fields of the model's configuration to set: `keep_ratio`, `cluster_layer` (default: 2, or
+            less when the model is too shallow), `id2label`, ...
 
     Returns:
         What was done.
@@ -169,10 +169,15 @@ def _convert_tensors(
         tensors |= zip(mapping.targets, _transform(mapping, checkpoint.tensors[mapping.source]), strict=True)
     _check_against_model(mappings, tensors, skeleton, plan.rules)
     check_rules_used(plan.rules, mappings)
-    dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+    found = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    dtype = dtype or reduce(torch.promote_types, found)
     skeleton.to(dtype)
-    # safetensors refuses tensors that share memory, as the parts of a split one do
-    return {name: tensor.to(dtype, copy=True).contiguous() for name, tensor in tensors.items()}
+    # Counters of batch norms stay integers. safetensors refuses tensors that share memory, as the parts of a split one
+    # do.
+    return {
+        name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
+        for name, tensor in tensors.items()
+    }
 
 
 def _transform(mapping: KeyMapping, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -181,6 +186,8 @@ def _transform(mapping: KeyMapping, tensor: torch.Tensor) -> tuple[torch.Tensor,
             return (tensor,)
         case Drop():
             return ()
+        case Flatten():
+            return (tensor.flatten(1),)
         case Transpose():
             if tensor.ndim != 2:
                 raise CheckpointError(f"{mapping.source} must be a matrix, got shape {tuple(tensor.shape)}")
@@ -227,21 +234,23 @@ def _source_name(target: str, rules: Sequence[Rule]) -> str:
 def _build_skeleton(plan: Plan, settings: Mapping[str, Any]) -> PreTrainedModel:
     """The model of the plan's settings and the user's, without memory for its weights."""
     package = import_module(__package__.rpartition(".")[0])
-    config_class = package.AiluRusConfig
+    model_class = getattr(package, plan.model_class)
+    config_class = model_class.config_class
     known = {field.name for field in fields(config_class)} | {"id2label", "label2id", "num_labels"}
     for name in settings:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             raise TypeError(f"unknown setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
     merged = {**plan.config, **_label_settings(plan, settings)}
-    depth = merged["num_hidden_layers"] - merged.get("tail_layers", 0)
-    merged.setdefault("cluster_layer", max(0, min(2, depth - 1)))
+    if "cluster_layer" not in merged:
+        depth = merged["num_hidden_layers"] - merged.get("tail_layers", 0)
+        merged["cluster_layer"] = max(0, min(2, depth - 1))
     try:
         config = config_class(**merged)
     except StrictDataclassError as error:  # not a ValueError, and its text has several lines
         raise ValueError(" ".join(str(error).split())) from error
     with torch.device("meta"):
-        return getattr(package, plan.model_class)(config)
+        return model_class(config)
 
 
 def _label_settings(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-__all__ = ["Drop", "Rename", "Rule", "SplitRows", "Transpose", "fill", "match", "source_of"]
+__all__ = ["Drop", "Flatten", "Rename", "Rule", "SplitRows", "Transpose", "fill", "match", "source_of"]
 
 _PLACEHOLDER = re.compile(r"\{(?P<name>[a-z_]+)(?::(?P<choices>[^{}]+))?\}")
 _INTEGER = "0|[1-9][0-9]*"
@@ -61,6 +61,19 @@ class Transpose:
 
 
 @dataclass(frozen=True)
+class Flatten:
+    """All axes but the first become one: the weight of a 1 x 1 convolution becomes that of a linear layer."""
+
+    pattern: str
+    target: str
+    optional: bool = False
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target,)
+
+
+@dataclass(frozen=True)
 class Drop:
     """The tensor has no place in the model, for the reason given (shown to the user)."""
 
@@ -73,7 +86,7 @@ class Drop:
         return ()
 
 
-Rule = Rename | SplitRows | Transpose | Drop
+Rule = Rename | SplitRows | Transpose | Flatten | Drop
 
 
 def match(rule: Rule, key: str) -> dict[str, str] | None:
