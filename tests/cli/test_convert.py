@@ -118,7 +118,7 @@ def test_missing_arguments(arguments: list[str], source: str, capfd: pytest.Capt
 
 
 def test_unknown_names(source: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert "recipe must be one of 'segmenter', got 'timmm'" in refused(capfd, "convert", "timmm", source, "out")
+    assert "recipe must be one of 'segformer', 'segmenter', got 'timmm'" in refused(capfd, "convert", "timmm", source, "out")
     assert "No such command" in refused(capfd, "transmogrify")
     assert "nowhere does not exist" in refused(capfd, "convert", "segmenter", "nowhere", "out")
 
