@@ -14,6 +14,10 @@ _PUBLIC = {
     "AiluRusForSemanticSegmentation": "modeling.modeling_ailurus",
     "AiluRusImageProcessor": "modeling.image_processing_ailurus",
     "AiluRusModel": "modeling.modeling_ailurus",
+    "AiluRusSegformerBackbone": "modeling.modeling_ailurus_segformer",
+    "AiluRusSegformerConfig": "modeling.configuration_ailurus_segformer",
+    "AiluRusSegformerForSemanticSegmentation": "modeling.modeling_ailurus_segformer",
+    "AiluRusSegformerModel": "modeling.modeling_ailurus_segformer",
     "convert_checkpoint": "conversion",
     "save_with_code": "hub",
 }
@@ -24,11 +28,17 @@ if TYPE_CHECKING:
     from .conversion import convert_checkpoint as convert_checkpoint
     from .hub import save_with_code as save_with_code
     from .modeling.configuration_ailurus import AiluRusConfig as AiluRusConfig
+    from .modeling.configuration_ailurus_segformer import AiluRusSegformerConfig as AiluRusSegformerConfig
     from .modeling.image_processing_ailurus import AiluRusImageProcessor as AiluRusImageProcessor
     from .modeling.modeling_ailurus import AiluRusBackbone as AiluRusBackbone
     from .modeling.modeling_ailurus import AiluRusForImageClassification as AiluRusForImageClassification
     from .modeling.modeling_ailurus import AiluRusForSemanticSegmentation as AiluRusForSemanticSegmentation
     from .modeling.modeling_ailurus import AiluRusModel as AiluRusModel
+    from .modeling.modeling_ailurus_segformer import AiluRusSegformerBackbone as AiluRusSegformerBackbone
+    from .modeling.modeling_ailurus_segformer import (
+        AiluRusSegformerForSemanticSegmentation as AiluRusSegformerForSemanticSegmentation,
+    )
+    from .modeling.modeling_ailurus_segformer import AiluRusSegformerModel as AiluRusSegformerModel
 
 
 def __getattr__(name: str) -> Any:

@@ -14,12 +14,18 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .modeling.configuration_ailurus import AiluRusConfig
+from .modeling.configuration_ailurus_segformer import AiluRusSegformerConfig
 from .modeling.image_processing_ailurus import AiluRusImageProcessor
 from .modeling.modeling_ailurus import (
     AiluRusBackbone,
     AiluRusForImageClassification,
     AiluRusForSemanticSegmentation,
     AiluRusModel,
+)
+from .modeling.modeling_ailurus_segformer import (
+    AiluRusSegformerBackbone,
+    AiluRusSegformerForSemanticSegmentation,
+    AiluRusSegformerModel,
 )
 
 # Per configuration class: auto class -> model class. `ailurus_hf.hub` writes the same table into exported checkpoints.
@@ -29,6 +35,11 @@ AUTO_MODELS: dict[type[Any], dict[type[Any], type[Any]]] = {
         AutoBackbone: AiluRusBackbone,
         AutoModelForSemanticSegmentation: AiluRusForSemanticSegmentation,
         AutoModelForImageClassification: AiluRusForImageClassification,
+    },
+    AiluRusSegformerConfig: {
+        AutoModel: AiluRusSegformerModel,
+        AutoBackbone: AiluRusSegformerBackbone,
+        AutoModelForSemanticSegmentation: AiluRusSegformerForSemanticSegmentation,
     },
 }
 

@@ -13,6 +13,9 @@ TASKS = {
     "AiluRusForImageClassification": ("image-classification", "AutoModelForImageClassification"),
     "AiluRusModel": ("image-feature-extraction", "AutoModel"),
     "AiluRusBackbone": ("image-feature-extraction", "AutoBackbone"),
+    "AiluRusSegformerForSemanticSegmentation": ("image-segmentation", "AutoModelForSemanticSegmentation"),
+    "AiluRusSegformerModel": ("image-feature-extraction", "AutoModel"),
+    "AiluRusSegformerBackbone": ("image-feature-extraction", "AutoBackbone"),
 }
 
 AILURUS_CITATION = """@inproceedings{li2023ailurus,
@@ -58,7 +61,7 @@ def build_model_card(
     """Build the model card of a checkpoint: what it is, its budget, how to load it, licence and citation.
 
     Args:
-        config: the model's `AiluRusConfig`.
+        config: the model's configuration.
         source: where converted weights come from; `None` for weights trained with this package.
         license: licence of the weights, an identifier that the Hugging Face Hub knows.
         model_class: public name of the model class.
@@ -82,9 +85,18 @@ def _title(source: CardSource | None, model_class: str) -> str:
 
 
 def _description(config: Any, source: CardSource | None) -> str:
+    lines = _hierarchical_encoder(config) if hasattr(config, "stage_ratios") else _plain_encoder(config)
+    lines.append(f"- Classes: {config.num_labels}.")
+    if source is not None:
+        origin = f"[{source.title}]({source.url})" if source.url else source.title
+        lines.append(f"- Converted from {origin}: `{source.file_name}`, SHA-256 `{source.sha256}`.")
+    return "\n".join(lines)
+
+
+def _plain_encoder(config: Any) -> list[str]:
     height, width = config.grid_size
     budget = f"{config.num_clusters} tokens" if config.num_clusters else f"{config.keep_ratio:.0%} of the tokens"
-    lines = [
+    return [
         "A plain vision transformer that runs most of its layers on fewer tokens: after "
         f"{config.cluster_layer} layers similar neighbouring patches are merged, and the full grid comes back at the "
         "end (AiluRus, arXiv 2311.01197).",
@@ -93,12 +105,23 @@ def _description(config: Any, source: CardSource | None) -> str:
         f"patches of {config.patch_size} pixels, positions for a {height} x {width} grid; any image size works.",
         f"- Budget: {budget} from layer {config.cluster_layer} on; change it at load with `keep_ratio=...` "
         "(1 merges nothing).",
-        f"- Classes: {config.num_labels}.",
     ]
-    if source is not None:
-        origin = f"[{source.title}]({source.url})" if source.url else source.title
-        lines.append(f"- Converted from {origin}: `{source.file_name}`, SHA-256 `{source.sha256}`.")
-    return "\n".join(lines)
+
+
+def _hierarchical_encoder(config: Any) -> list[str]:
+    ratios = ", ".join(f"{ratio:g}" for ratio in config.stage_ratios)
+    budget = f"{config.num_clusters} tokens in each stage that merges" if config.num_clusters else "by these shares"
+    return [
+        "A SegFormer that runs the later blocks of its stages on fewer tokens: after "
+        f"{config.cluster_layer} blocks of a stage similar neighbouring tokens are merged, and the full grid comes "
+        "back at the stage's end (AiluRus, arXiv 2311.01197, in SegFormer, arXiv 2105.15203).",
+        "",
+        f"- Encoder: stages of {', '.join(map(str, config.depths))} blocks, {', '.join(map(str, config.hidden_sizes))} "
+        f"wide, {', '.join(map(str, config.num_attention_heads))} heads; images of at least {config.min_image_size} "
+        "pixels a side.",
+        f"- Budget: {budget}; tokens kept per stage: {ratios}. Change it at load with `stage_keep_ratios=...`, or with "
+        "`keep_ratio=...` (1 merges nothing).",
+    ]
 
 
 def _usage(model_class: str, remote_code: bool, repo: str) -> str:

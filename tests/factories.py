@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ailurus_hf import AiluRusConfig
+from ailurus_hf import AiluRusConfig, AiluRusSegformerConfig
 
 
 def tiny_config(**overrides: Any) -> AiluRusConfig:
@@ -22,10 +22,38 @@ def tiny_config(**overrides: Any) -> AiluRusConfig:
     return AiluRusConfig(**{**settings, **overrides})
 
 
+def tiny_segformer_config(**overrides: Any) -> AiluRusSegformerConfig:
+    """Four stages of 2 to 3 blocks; an image of 64 x 64 makes grids of 16, 8, 4 and 2 tokens a side."""
+    settings: dict[str, Any] = {
+        "depths": (2, 3, 3, 2),
+        "hidden_sizes": (16, 32, 48, 64),
+        "num_attention_heads": (1, 2, 3, 4),
+        "decoder_hidden_size": 24,
+        "image_size": 64,
+        "cluster_layer": 1,
+        "num_labels": 5,
+        "initializer_range": 0.2,
+    }
+    return AiluRusSegformerConfig(**{**settings, **overrides})
+
+
+def tiny_segformer(model_class: Any, seed: int = 0, **overrides: Any) -> Any:
+    """A hierarchical model with random weights, biases and norms and batch statistics included, in evaluation mode."""
+    torch.manual_seed(seed)
+    model = _with_random_vectors(model_class(tiny_segformer_config(**overrides)))
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.add_(torch.rand_like(buffer) * 0.5)
+    return model
+
+
 def tiny_model(model_class: Any, seed: int = 0, **overrides: Any) -> Any:
     """A model with random weights, biases and norms included, in evaluation mode."""
     torch.manual_seed(seed)
-    model = model_class(tiny_config(**overrides))
+    return _with_random_vectors(model_class(tiny_config(**overrides)))
+
+
+def _with_random_vectors(model: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -55,6 +55,10 @@ def test_public_names():
         "AiluRusForSemanticSegmentation",
         "AiluRusImageProcessor",
         "AiluRusModel",
+        "AiluRusSegformerBackbone",
+        "AiluRusSegformerConfig",
+        "AiluRusSegformerForSemanticSegmentation",
+        "AiluRusSegformerModel",
         "convert_checkpoint",
         "save_with_code",
     }

@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from ..modeling.configuration_ailurus_segformer import AiluRusSegformerConfig
 from ..modeling.token_clustering import resolve_num_clusters
 
 __all__ = ["count_flops"]
@@ -38,7 +39,20 @@ def count_flops(model: PreTrainedModel, height: int, width: int, **settings: Any
 
 def _distance_flops(config: Any, height: int, width: int) -> int:
     """Subtract, square and add over the hidden size, once for each pair of neighbours."""
-    num_tokens = math.prod(config.patch_grid(height, width))
-    if resolve_num_clusters(num_tokens, config.keep_ratio, config.num_clusters) == num_tokens:
-        return 0
-    return 3 * config.hidden_size * num_tokens * math.ceil(config.neighborhood_size / 2)
+    pairs = math.ceil(config.neighborhood_size / 2)
+    return sum(3 * hidden_size * num_tokens * pairs for hidden_size, num_tokens in _clusterings(config, height, width))
+
+
+def _clusterings(config: Any, height: int, width: int) -> list[tuple[int, int]]:
+    """Width and number of the tokens of every clustering in a forward."""
+    if isinstance(config, AiluRusSegformerConfig):
+        grids = config.stage_grids(height, width)
+        stages = list(zip(config.stage_ratios, grids, config.hidden_sizes, strict=True))
+    else:
+        stages = [(config.keep_ratio, config.patch_grid(height, width), config.hidden_size)]
+    found = []
+    for ratio, (rows, columns), hidden_size in stages:
+        exact = None if ratio == 1 and isinstance(config, AiluRusSegformerConfig) else config.num_clusters
+        if resolve_num_clusters(rows * columns, ratio, exact) < rows * columns:
+            found.append((hidden_size, rows * columns))
+    return found

@@ -33,6 +33,7 @@ __all__ = ["KeyMapping", "check_rules_used", "convert_checkpoint", "map_keys"]
 
 RECIPES = {  # name -> module of this folder with its RECIPE
     "segmenter": "segmenter",
+    "segformer": "segformer",
     "transformers": "transformers_vit",
     "timm": "timm",
     "dino": "dino",
@@ -76,8 +77,8 @@ def convert_checkpoint(
     only when everything succeeded.
 
     Args:
-        recipe: the source format: "segmenter", "transformers", "timm", "dino", "dinov2", "mae", "mmseg", "ailurus"; or
-            "auto" to recognise it.
+        recipe: the source format: "segmenter", "transformers", "timm", "dino", "dinov2", "mae", "mmseg", "segformer",
+            "ailurus"; or "auto" to recognise it.
         source: the checkpoint: a folder, a file, or for some recipes a name on the Hub.
         output: the folder to write.
         overwrite: replace an existing checkpoint folder.
@@ -89,8 +90,8 @@ def convert_checkpoint(
         license: licence of the weights for the model card, an identifier that the Hugging Face Hub knows; by default
             what the source says, else "unknown".
         progress: called with a short text at each step.
-        settings: fields of `AiluRusConfig` to set: `keep_ratio`, `cluster_layer` (default: 2, or less when the model is
-            too shallow), `id2label`, ...
+        settings: fields of the model's configuration to set: `keep_ratio`, `cluster_layer` (default: 2, or
+            less when the model is too shallow), `id2label`, ...
 
     Returns:
         What was done.
@@ -190,10 +191,15 @@ def _convert_tensors(
         tensors |= zip(mapping.targets, _transform(mapping, checkpoint.tensors[mapping.source]), strict=True)
     _check_against_model(mappings, tensors, skeleton, plan.rules)
     check_rules_used(plan.rules, mappings)
-    dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+    found = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    dtype = dtype or reduce(torch.promote_types, found)
     skeleton.to(dtype)
-    # safetensors refuses tensors that share memory, as the parts of a split one do
-    return {name: tensor.to(dtype, copy=True).contiguous() for name, tensor in tensors.items()}
+    # Counters of batch norms stay integers. safetensors refuses tensors that share memory, as the parts of a split one
+    # do.
+    return {
+        name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
+        for name, tensor in tensors.items()
+    }
 
 
 def _transform(mapping: KeyMapping, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -202,6 +208,8 @@ def _transform(mapping: KeyMapping, tensor: torch.Tensor) -> tuple[torch.Tensor,
             return (tensor,)
         case Drop():
             return ()
+        case Flatten():
+            return (tensor.flatten(1),)
         case Transpose():
             if tensor.ndim != 2:
                 raise CheckpointError(f"{mapping.source} must be a matrix, got shape {tuple(tensor.shape)}")
@@ -252,21 +260,23 @@ def _source_name(target: str, rules: Sequence[Rule]) -> str:
 def _build_skeleton(plan: Plan, settings: Mapping[str, Any]) -> PreTrainedModel:
     """The model of the plan's settings and the user's, without memory for its weights."""
     package = import_module(__package__.rpartition(".")[0])
-    config_class = package.AiluRusConfig
+    model_class = getattr(package, plan.model_class)
+    config_class = model_class.config_class
     known = {field.name for field in fields(config_class)} | {"id2label", "label2id", "num_labels"}
     for name in settings:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             raise TypeError(f"unknown setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
     merged = {**plan.config, **_label_settings(plan, settings)}
-    depth = merged["num_hidden_layers"] - merged.get("tail_layers", 0)
-    merged.setdefault("cluster_layer", max(0, min(2, depth - 1)))
+    if "cluster_layer" not in merged:
+        depth = merged["num_hidden_layers"] - merged.get("tail_layers", 0)
+        merged["cluster_layer"] = max(0, min(2, depth - 1))
     try:
         config = config_class(**merged)
     except StrictDataclassError as error:  # not a ValueError, and its text has several lines
         raise ValueError(" ".join(str(error).split())) from error
     with torch.device("meta"):
-        return getattr(package, plan.model_class)(config)
+        return model_class(config)
 
 
 def _label_settings(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:

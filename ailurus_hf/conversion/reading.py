@@ -150,7 +150,9 @@ def _check_tensor(key: Any, tensor: Any, path: Path) -> None:
         raise CheckpointError(f"{path}: the tensor names must be strings, got {key!r}")
     if not isinstance(tensor, torch.Tensor):
         raise CheckpointError(f"{path}: {key} must be a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or not tensor.is_floating_point():
+    counts = key.endswith("num_batches_tracked") and tensor.dtype == torch.int64  # in every batch norm
+    numeric = tensor.is_floating_point() or counts
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or not numeric:
         raise CheckpointError(f"{path}: {key} must be a dense floating-point tensor, got {tensor.dtype}")
 
 

@@ -91,7 +91,7 @@ def _load(folder: Path, plan: Plan, tensors: Mapping[str, torch.Tensor], dtype: 
     model_class = getattr(import_module(__package__.rpartition(".")[0]), plan.model_class)
     model: PreTrainedModel = model_class.from_pretrained(folder, dtype=dtype, keep_ratio=1.0, num_clusters=None)
     for name, tensor in model.state_dict().items():
-        if not torch.equal(tensor, tensors[name].to(dtype)):
+        if not torch.equal(tensor, tensors[name].to(tensor.dtype)):
             raise CheckpointError(
                 f"verification failed: {name} does not come back from the written folder as it was saved"
             )

@@ -1,0 +1,570 @@
+"""SegFormer with adaptive resolution (AiluRus, arXiv 2311.01197, in the stages of arXiv 2105.15203).
+
+The method is in `AiluRusSegformerStage.forward`: after `config.cluster_layer` blocks of a stage its tokens are
+clustered and merged, the remaining blocks run on the short sequence, and the grid is unfolded for the next stage and
+the head. Two operations of a block need the grid; `AiluRusSegformerAttention` and `AiluRusSegformerMLP` say how they
+get it.
+
+Parameters have the names of transformers' own SegFormer.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutput, SemanticSegmenterOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_ailurus_segformer import AiluRusSegformerConfig
+from .layers_ailurus import AiluRusDropPath, eager_attention_forward
+from .token_clustering import cluster_tokens, resolve_num_clusters
+from .token_merging import TokenGroups, group_tokens, merge_tokens, size_weighted_attention, unfold_tokens
+
+Grid = tuple[int, int]
+
+
+@dataclass
+class AiluRusSegformerModelOutput(BaseModelOutput):
+    """Output of `AiluRusSegformerModel`.
+
+    Args:
+        last_hidden_state: (batch_size, channels, rows, columns), the last stage's feature map after its norm.
+        hidden_states: such a feature map of every stage, each on its full grid; on request.
+        attentions: of every block of every stage in turn, (batch_size, num_heads, queries, keys); queries are *merged*
+            tokens in the blocks that ran on them, keys the reduced grid; on request.
+        assignment: for every stage (batch_size, N) int64, each token's cluster.
+        group_sizes: for every stage (batch_size, M) int64, number of tokens in each cluster.
+    """
+
+    assignment: tuple[Tensor, ...] | None = None
+    group_sizes: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class AiluRusSegformerBackboneOutput(BackboneOutput):
+    """Feature maps on the full grids; grouping as in `AiluRusSegformerModelOutput`."""
+
+    assignment: tuple[Tensor, ...] | None = None
+    group_sizes: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class AiluRusSegformerSegmenterOutput(SemanticSegmenterOutput):
+    """`logits` (batch_size, num_labels, height, width) at the input's size, or a quarter of it with
+    `config.upsample_logits=False`; grouping as in `AiluRusSegformerModelOutput`."""
+
+    assignment: tuple[Tensor, ...] | None = None
+    group_sizes: tuple[Tensor, ...] | None = None
+
+
+def _to_map(tokens: Tensor, grid: Grid) -> Tensor:
+    """Tokens (batch_size, N, channels) as a map (batch_size, channels, rows, columns); shares memory.
+
+    The rows are unfolded before the axes are swapped. In the other order a batch of one gets strides that PyTorch does
+    not recognise as channels-last, and convolutions on the CPU fall back to paths up to 20 times slower.
+    """
+    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
+
+
+def _to_tokens(feature_map: Tensor) -> Tensor:
+    """Map (batch_size, channels, rows, columns) as tokens (batch_size, N, channels); shares memory."""
+    return feature_map.flatten(2).transpose(1, 2)
+
+
+class MergedGrid(NamedTuple):
+    """What the blocks of a stage need to run on merged tokens, and to come back.
+
+    Attributes:
+        groups: the clusters.
+        log_sizes: (batch_size, M) float32, logarithm of the sizes.
+        residual: (batch_size, N, channels), each token minus its cluster's mean; None for `unfold="copy"`.
+    """
+
+    groups: TokenGroups
+    log_sizes: Tensor
+    residual: Tensor | None
+
+
+def unfold_grid(merged_tokens: Tensor, groups: TokenGroups, residual: Tensor | None) -> Tensor:
+    """Merged tokens (batch_size, M, channels) -> the tokens of the grid (batch_size, N, channels)."""
+    tokens = unfold_tokens(merged_tokens, groups)
+    return tokens if residual is None else tokens + residual
+
+
+class AiluRusSegformerPatchEmbeddings(nn.Module):
+    """Overlapping patches: a strided convolution, then a LayerNorm."""
+
+    def __init__(self, config: AiluRusSegformerConfig, stage: int):
+        super().__init__()
+        channels = config.num_channels if stage == 0 else config.hidden_sizes[stage - 1]
+        size, stride = config.patch_sizes[stage], config.strides[stage]
+        self.proj = nn.Conv2d(channels, config.hidden_sizes[stage], size, stride, padding=size // 2)
+        eps = config.layer_norm_eps if config.patch_norm_eps is None else config.patch_norm_eps
+        self.layer_norm = nn.LayerNorm(config.hidden_sizes[stage], eps=eps)
+
+    def forward(self, feature_map: Tensor) -> tuple[Tensor, Grid]:
+        """Map (batch_size, channels, height, width) -> tokens (batch_size, N, hidden_size), their grid."""
+        patches = self.proj(feature_map.to(self.proj.weight.dtype))
+        return self.layer_norm(_to_tokens(patches)), (patches.shape[2], patches.shape[3])
+
+
+class AiluRusSegformerReduction(nn.Module):
+    """Makes one token of each square of tokens, to serve as key and value: a convolution, then a LayerNorm."""
+
+    def __init__(self, config: AiluRusSegformerConfig, stage: int):
+        super().__init__()
+        size, ratio = config.hidden_sizes[stage], config.sr_ratios[stage]
+        self.sequence_reduction = nn.Conv2d(size, size, ratio, ratio)
+        eps = config.layer_norm_eps if config.reduction_norm_eps is None else config.reduction_norm_eps
+        self.layer_norm = nn.LayerNorm(size, eps=eps)
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Tokens of the whole grid (batch_size, N, hidden_size) -> (batch_size, about N / ratio^2, hidden_size)."""
+        return self.layer_norm(_to_tokens(self.sequence_reduction(_to_map(tokens, grid))))
+
+
+class AiluRusSegformerAttention(nn.Module):
+    """Multi-head attention of (merged) tokens to reduced keys and values.
+
+    Where keys and values are reduced, they come from the unfolded grid: each token of the grid counts once there, so
+    the softmax needs no sizes. Where they are not (`sr_ratios` 1, the last stage), they are the merged tokens
+    themselves with the logarithm of their sizes added to the scores: exactly what attention to the unfolded copies
+    would give, at a fraction of its cost.
+    """
+
+    is_causal = False
+
+    def __init__(self, config: AiluRusSegformerConfig, stage: int):
+        super().__init__()
+        self.config = config
+        size = config.hidden_sizes[stage]
+        self.head_dim = size // config.num_attention_heads[stage]
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.q_proj = nn.Linear(size, size)
+        self.k_proj = nn.Linear(size, size)
+        self.v_proj = nn.Linear(size, size)
+        self.o_proj = nn.Linear(size, size)
+        self.sequence_reduction = AiluRusSegformerReduction(config, stage) if config.sr_ratios[stage] > 1 else None
+
+    def forward(
+        self, queries: Tensor, context: Tensor, grid: Grid, log_sizes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            queries: (batch_size, T, hidden_size), normed tokens, merged or not.
+            context: what keys and values are made from: the normed tokens of the whole grid (batch_size, N,
+                hidden_size) with a reduction, else the same as `queries`.
+            grid: (rows, columns) of the N tokens.
+            log_sizes: (batch_size, T), for a context of merged tokens.
+        """
+        if self.sequence_reduction is not None:
+            context = self.sequence_reduction(context, grid)
+
+        def split_heads(states: Tensor) -> Tensor:
+            return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+        implementation = self.config._attn_implementation
+        output, weights = size_weighted_attention(
+            ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward),
+            implementation,
+            self,
+            split_heads(self.q_proj(queries)),
+            split_heads(self.k_proj(context)),
+            split_heads(self.v_proj(context)),
+            log_sizes,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+        )
+        return self.o_proj(output.flatten(2)), weights
+
+
+class AiluRusSegformerDepthwiseConv(nn.Module):
+    """The 3 x 3 depthwise convolution inside the MLP, by which SegFormer knows positions."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.dwconv = nn.Conv2d(size, size, 3, padding=1, groups=size)
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Tokens of the whole grid (batch_size, N, size) -> same."""
+        return _to_tokens(self.dwconv(_to_map(tokens, grid)))
+
+
+class AiluRusSegformerMLP(nn.Module):
+    """Linear, depthwise convolution, activation, linear.
+
+    On merged tokens the convolution sees each hidden token copied to its cluster's positions; the mean of its results
+    over the cluster goes on. Linear layers and activation run on merged tokens only.
+    """
+
+    def __init__(self, config: AiluRusSegformerConfig, stage: int):
+        super().__init__()
+        size = config.hidden_sizes[stage]
+        hidden_size = int(size * config.mlp_ratios[stage])
+        self.fc1 = nn.Linear(size, hidden_size)
+        self.dwconv = AiluRusSegformerDepthwiseConv(hidden_size)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(hidden_size, size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, tokens: Tensor, grid: Grid, groups: TokenGroups | None = None) -> Tensor:
+        """(batch_size, T, hidden_size) -> same; T is the number of groups, or of the grid's tokens without groups."""
+        hidden = self.fc1(tokens)
+        if groups is None:
+            hidden = self.dwconv(hidden, grid)
+        else:
+            hidden = merge_tokens(self.dwconv(unfold_tokens(hidden, groups), grid), groups)
+        return self.dropout(self.fc2(self.dropout(self.activation_fn(hidden))))
+
+
+class AiluRusSegformerBlock(GradientCheckpointingLayer):
+    """Pre-norm transformer block: attention, then MLP."""
+
+    def __init__(self, config: AiluRusSegformerConfig, stage: int, drop_path_rate: float):
+        super().__init__()
+        size = config.hidden_sizes[stage]
+        self.layernorm_before = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.attention = AiluRusSegformerAttention(config, stage)
+        self.layernorm_after = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.mlp = AiluRusSegformerMLP(config, stage)
+        self.hidden_dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path = AiluRusDropPath(drop_path_rate)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        grid: Grid,
+        groups: TokenGroups | None = None,
+        log_sizes: Tensor | None = None,
+        residual: Tensor | None = None,  # by itself, not inside a tuple, where reentrant checkpointing would miss it
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens (batch_size, T, hidden_size) -> tokens, attention weights. Merged if `groups` is given; the other
+        arguments as in `MergedGrid`."""
+        queries = context = self.layernorm_before(hidden_states)
+        if groups is not None and self.attention.sequence_reduction is not None:
+            log_sizes = None
+            if residual is None:
+                context = unfold_tokens(queries, groups)  # norm of copies = copies of the norm
+            else:
+                context = self.layernorm_before(unfold_grid(hidden_states, groups, residual))
+        attended, weights = self.attention(queries, context, grid, log_sizes)
+        hidden_states = hidden_states + self.drop_path(self.hidden_dropout(attended))
+        transformed = self.mlp(self.layernorm_after(hidden_states), grid, groups)
+        return hidden_states + self.drop_path(transformed), weights
+
+
+class StageOutput(NamedTuple):
+    """What a stage hands on: its feature map, the attention weights of its blocks, and its clusters."""
+
+    feature_map: Tensor
+    attentions: tuple[Tensor | None, ...]
+    assignment: Tensor
+    group_sizes: Tensor
+
+
+class AiluRusSegformerStage(nn.Module):
+    """Patch embeddings, blocks, of which some run on merged tokens, and a norm."""
+
+    def __init__(self, config: AiluRusSegformerConfig, stage: int):
+        super().__init__()
+        self.config = config
+        self.stage = stage
+        self.patch_embeddings = AiluRusSegformerPatchEmbeddings(config, stage)
+        first, total = sum(config.depths[:stage]), sum(config.depths)
+        self.blocks = nn.ModuleList(
+            AiluRusSegformerBlock(config, stage, config.drop_path_rate * (first + index) / max(total - 1, 1))
+            for index in range(config.depths[stage])
+        )
+        self.layer_norm = nn.LayerNorm(config.hidden_sizes[stage], eps=config.layer_norm_eps)
+
+    def forward(self, feature_map: Tensor) -> StageOutput:
+        """Map (batch_size, channels, height, width) of the image or the stage before -> this stage's output."""
+        tokens, grid = self.patch_embeddings(feature_map)
+        assignment = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
+        sizes = torch.ones_like(assignment)
+        attentions: tuple[Tensor | None, ...] = ()
+        merged_blocks, merged = self.config.merged_blocks(self.stage), None
+        for index, block in enumerate(self.blocks):
+            if index == merged_blocks.start and merged_blocks:
+                tokens, merged = self.merge(tokens, grid)
+                if merged is not None:
+                    assignment, sizes = merged.groups.assignment, merged.groups.sizes
+            tokens, weights = block(tokens, grid, *(merged or ()))
+            attentions += (weights,)
+            if merged is not None and index == merged_blocks.stop - 1:
+                tokens, merged = unfold_grid(tokens, merged.groups, merged.residual), None
+        return StageOutput(_to_map(self.layer_norm(tokens), grid).contiguous(), attentions, assignment, sizes)
+
+    def merge(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, MergedGrid | None]:
+        """(batch_size, N, channels) -> (batch_size, M, channels); None if as many clusters as tokens are asked for."""
+        config, num_tokens = self.config, tokens.shape[1]
+        num_clusters = resolve_num_clusters(num_tokens, config.stage_ratios[self.stage], config.num_clusters)
+        if num_clusters == num_tokens:
+            return tokens, None
+        assignment, representatives = cluster_tokens(
+            tokens,
+            grid,
+            num_clusters,
+            num_neighbors=config.num_neighbors,
+            neighborhood_size=config.neighborhood_size,
+            spatial_alpha=config.spatial_alpha,
+        )
+        groups = group_tokens(assignment, num_clusters, representatives)
+        merged = merge_tokens(tokens, groups)
+        residual = tokens - unfold_tokens(merged, groups) if config.unfold == "residual" else None
+        return merged, MergedGrid(groups, groups.sizes.float().log(), residual)
+
+
+class AiluRusSegformerPreTrainedModel(PreTrainedModel):
+    config: AiluRusSegformerConfig
+    base_model_prefix = "segformer"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss averages over the batch at hand; the Trainer must divide
+    _no_split_modules = ["AiluRusSegformerStage"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # The models collect feature maps and attention weights themselves: no capture hooks.
+    _can_record_outputs: dict[str, Any] = {}
+
+
+class AiluRusSegformerModel(AiluRusSegformerPreTrainedModel):
+    """SegFormer's hierarchical encoder, with the last blocks of its stages on merged tokens."""
+
+    def __init__(self, config: AiluRusSegformerConfig):
+        super().__init__(config)
+        self.stages = nn.ModuleList(AiluRusSegformerStage(config, stage) for stage in range(len(config.depths)))
+        self.post_init()
+
+    def get_input_embeddings(self) -> Any:
+        return self.stages[0].patch_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> AiluRusSegformerModelOutput:
+        """Run the encoder.
+
+        Args:
+            pixel_values: (batch_size, num_channels, height, width), any sides of at least `config.min_image_size`.
+            output_hidden_states: True for the feature maps of all stages, or the indices of those wanted (the others
+                are None).
+            output_attentions: whether to return attention weights; needs `attn_implementation="eager"`.
+            kwargs: accepted for compatibility with callers that pass more, and ignored.
+        """
+        stages = self.run_stages(pixel_values, output_attentions)
+        return AiluRusSegformerModelOutput(
+            last_hidden_state=stages[-1].feature_map, **_shared_outputs(self.config, stages, output_hidden_states)
+        )
+
+    def run_stages(self, pixel_values: Tensor, output_attentions: bool | None = None) -> list[StageOutput]:
+        """What every stage computes from pixels (batch_size, num_channels, height, width)."""
+        self._check(pixel_values)
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                "output_attentions=True needs attn_implementation='eager', got "
+                f"{self.config._attn_implementation!r}; call model.set_attn_implementation('eager') first"
+            )
+        outputs: list[StageOutput] = []
+        feature_map = pixel_values
+        for stage in self.stages:
+            output = stage(feature_map)
+            outputs.append(output if output_attentions else output._replace(attentions=()))
+            feature_map = output.feature_map
+        return outputs
+
+    def _check(self, pixel_values: Tensor) -> None:
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                "pixel_values must be (batch_size, num_channels, height, width), got shape "
+                f"{tuple(pixel_values.shape)}; add the batch dimension with pixel_values[None]"
+            )
+        if pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"pixel_values must have num_channels={self.config.num_channels} channels, got "
+                f"{pixel_values.shape[1]} in shape {tuple(pixel_values.shape)}"
+            )
+        if min(pixel_values.shape[-2:]) < (least := self.config.min_image_size):
+            raise ValueError(
+                f"pixel_values must be at least {least} x {least} pixels, so that every stage has a whole square of "
+                f"tokens to reduce (sr_ratios={tuple(self.config.sr_ratios)}), got height and width "
+                f"{tuple(pixel_values.shape[-2:])}; enlarge the image or pad it"
+            )
+
+
+def _shared_outputs(
+    config: AiluRusSegformerConfig, stages: list[StageOutput], requested: bool | int | list[int] | None
+) -> dict[str, Any]:
+    """The outputs that all models have, from a flag, an index or a list of indices of the feature maps wanted."""
+    count = len(stages)
+    if requested is None:
+        requested = config.output_hidden_states
+    if isinstance(requested, bool):
+        wanted = set(range(count)) if requested else set()
+    else:
+        indices = [requested] if isinstance(requested, int) else requested
+        wanted = {index % count for index in indices if -count <= index < count}
+    feature_maps = tuple(stage.feature_map if index in wanted else None for index, stage in enumerate(stages))
+    return {
+        "hidden_states": feature_maps if wanted else None,
+        "attentions": sum((stage.attentions for stage in stages), start=()) or None,
+        "assignment": tuple(stage.assignment for stage in stages),
+        "group_sizes": tuple(stage.group_sizes for stage in stages),
+    }
+
+
+class AiluRusSegformerBackbone(BackboneMixin, AiluRusSegformerModel):
+    """`AiluRusSegformerModel` as a backbone: the feature maps of the stages in `config.out_features`."""
+
+    def __init__(self, config: AiluRusSegformerConfig):
+        super().__init__(config)
+        self.num_features = list(config.hidden_sizes)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> AiluRusSegformerBackboneOutput:
+        """Arguments as in `AiluRusSegformerModel`. Feature maps are (batch_size, channels, rows, columns), after the
+        stage's norm."""
+        stages = self.run_stages(pixel_values, output_attentions)
+        feature_maps = tuple(stages[self.stage_names.index(name)].feature_map for name in self.out_features)
+        return AiluRusSegformerBackboneOutput(
+            feature_maps=feature_maps, **_shared_outputs(self.config, stages, output_hidden_states)
+        )
+
+
+class AiluRusSegformerProjection(nn.Module):
+    """Brings one stage's feature map to the width of the head: a linear layer, with batch norm and ReLU in "conv"."""
+
+    def __init__(self, config: AiluRusSegformerConfig, stage: int):
+        super().__init__()
+        with_norm = config.decoder_type == "conv"
+        self.proj = nn.Linear(config.hidden_sizes[stage], config.decoder_hidden_size, bias=not with_norm)
+        self.batch_norm = nn.BatchNorm2d(config.decoder_hidden_size, eps=config.batch_norm_eps) if with_norm else None
+
+    def forward(self, feature_map: Tensor, fusion: Tensor) -> Tensor:
+        """This stage's summand of the fused map, on the stage's own grid.
+
+        Args:
+            feature_map: (batch_size, channels, rows, columns).
+            fusion: (decoder_hidden_size, decoder_hidden_size), the fusing layer's columns for this stage.
+
+        Returns:
+            (batch_size, decoder_hidden_size, rows, columns).
+        """
+        tokens, grid = _to_tokens(feature_map).contiguous(), (feature_map.shape[2], feature_map.shape[3])
+        if self.batch_norm is None:
+            # Two linear layers in a row are one, with far fewer operations: the input is the narrow side.
+            return _to_map(F.linear(tokens, fusion @ self.proj.weight, fusion @ self.proj.bias), grid)
+        hidden = F.relu(self.batch_norm(_to_map(self.proj(tokens), grid)), inplace=True)
+        return _to_map(F.linear(_to_tokens(hidden), fusion), grid)
+
+
+class AiluRusSegformerDecodeHead(nn.Module):
+    """SegFormer's all-MLP head, in two versions, see `config.decoder_type`.
+
+    Written in the papers' order, all stages are resized to the first one's grid, concatenated, and fused by a linear
+    layer on the widest tensor of the model. Resizing and a linear layer commute, since one acts on positions and the
+    other on channels. So each stage is fused on its own grid here, and the results are resized and summed: the same
+    logits to rounding, with a fraction of the operations.
+
+    The columns of the fusing layer belong to the last stage first in "linear", to the first stage first in "conv".
+    """
+
+    def __init__(self, config: AiluRusSegformerConfig):
+        super().__init__()
+        num_stages, size = len(config.depths), config.decoder_hidden_size
+        self.last_stage_first = config.decoder_type == "linear"
+        self.linear_projections = nn.ModuleList(AiluRusSegformerProjection(config, i) for i in range(num_stages))
+        self.linear_fuse = nn.Conv2d(num_stages * size, size, kernel_size=1, bias=False)
+        self.batch_norm = nn.BatchNorm2d(size, eps=config.batch_norm_eps)
+        self.dropout = nn.Dropout(config.classifier_dropout_prob)
+        self.classifier = nn.Conv2d(size, config.num_labels, kernel_size=1)
+
+    def forward(self, feature_maps: list[Tensor]) -> Tensor:
+        """Feature maps of all stages -> logits (batch_size, num_labels, rows, columns) on the first stage's grid."""
+        fusion = self.linear_fuse.weight[:, :, 0, 0].unflatten(1, (len(feature_maps), -1))
+        if self.last_stage_first:
+            fusion = fusion.flip(1)
+        size = feature_maps[0].shape[-2:]
+        stages = enumerate(zip(self.linear_projections, feature_maps, strict=True))
+        summands = [projection(feature_map, fusion[:, index]) for index, (projection, feature_map) in stages]
+        fused = summands[0]
+        for summand in summands[1:]:
+            # In place, as the ReLU below: these are the model's largest tensors, and fresh memory for them is slow.
+            fused = fused.add_(F.interpolate(summand, size=size, mode="bilinear", align_corners=False))
+        return self.classifier(self.dropout(F.relu(self.batch_norm(fused), inplace=True)))
+
+
+class AiluRusSegformerForSemanticSegmentation(AiluRusSegformerPreTrainedModel):
+    """Hierarchical AiluRus encoder with SegFormer's all-MLP head."""
+
+    def __init__(self, config: AiluRusSegformerConfig):
+        super().__init__(config)
+        self.segformer = AiluRusSegformerModel(config)
+        self.decode_head = AiluRusSegformerDecodeHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> AiluRusSegformerSegmenterOutput:
+        """Segment images.
+
+        Args:
+            pixel_values: (batch_size, num_channels, height, width), any sides of at least `config.min_image_size`.
+            labels: (batch_size, height, width) int64, class of each pixel; `config.semantic_loss_ignore_index` is left
+                out of the loss.
+            output_hidden_states, output_attentions, kwargs: as in `AiluRusSegformerModel`.
+        """
+        size = pixel_values.shape[-2:]
+        stages = self.segformer.run_stages(pixel_values, output_attentions)
+        logits = self.decode_head([stage.feature_map for stage in stages])
+        if labels is not None or self.config.upsample_logits:
+            upsampled = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        return AiluRusSegformerSegmenterOutput(
+            loss=None if labels is None else self._loss(upsampled, labels),
+            logits=upsampled if self.config.upsample_logits else logits,
+            **_shared_outputs(self.config, stages, output_hidden_states),
+        )
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        expected = (logits.shape[0], *logits.shape[-2:])
+        if labels.shape != expected:
+            raise ValueError(f"labels must be (batch_size, height, width) = {expected}, got {tuple(labels.shape)}")
+        return self.loss_function(logits, labels, ignore_index=self.config.semantic_loss_ignore_index)
+
+
+__all__ = [
+    "AiluRusSegformerBackbone",
+    "AiluRusSegformerForSemanticSegmentation",
+    "AiluRusSegformerModel",
+    "AiluRusSegformerPreTrainedModel",
+]
