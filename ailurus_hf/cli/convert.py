@@ -22,7 +22,7 @@ def convert(
         str,
         typer.Argument(
             metavar="NAME",
-            help="Format of the source: segmenter, transformers, timm, dino, dinov2, mae, mmseg, ailurus, or auto.",
+            help="Source: segmenter, transformers, timm, dino, dinov2, mae, mmseg, segformer, ailurus, or auto.",
             show_default=False,
         ),
     ],
@@ -160,7 +160,7 @@ def _as_text(report: "ConversionReport") -> str:
         lines.append(f"verified  largest difference {difference:.1e}, against {against}")
     lines.append(f"written   {report.output}: {size}")
     model = shlex.quote(str(report.output))
-    if report.model_class == "AiluRusForSemanticSegmentation":
+    if report.model_class.endswith("ForSemanticSegmentation"):
         lines.append(f"next      ailurus-hf predict IMAGE --model {model} --keep-ratio 0.25 --out predictions")
     else:
         lines.append(f"next      ailurus_hf.{report.model_class}.from_pretrained({str(report.output)!r})")

@@ -40,10 +40,12 @@ def _describe(model: Any, height: int | None, width: int | None) -> dict[str, di
     from dataclasses import fields
 
     from ..benchmark import count_flops
-    from ..modeling.configuration_ailurus import AdaptiveResolutionMixin
+    from ..modeling.configuration_ailurus import AdaptiveResolutionMixin, AiluRusConfig
     from ..modeling.token_clustering import resolve_num_clusters
 
     config = model.config
+    if config.model_type != AiluRusConfig.model_type:
+        raise ValueError(f"info describes plain vision transformers, not {config.model_type} models")
     trained = [side * config.patch_size for side in config.grid_size]
     size = (height or trained[0], width or trained[1])
     if min(size) < config.patch_size:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import AutoModelForSemanticSegmentation, PreTrainedConfig, PreTrainedModel
 
 from ..conversion.reading import CheckpointError
 from ..conversion.verification import quiet_transformers
@@ -23,7 +23,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, **settings
     Args:
         path: a folder written by `save_pretrained` or `ailurus-hf convert`, or a name on the Hugging Face Hub.
         dtype: dtype to load in; by default that of the file.
-        settings: fields of `AiluRusConfig` to change; those that are `None` are left as they are.
+        settings: fields of the configuration to change; those that are `None` are left as they are.
 
     Returns:
         The model in evaluation mode, on the CPU.
@@ -34,15 +34,13 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, **settings
             of the wrong shape.
         ValueError: a setting is not allowed.
     """
-    from .. import AiluRusForSemanticSegmentation
-
     if Path(path).exists() or Path(path).is_absolute():
         _check_folder(Path(path))
     chosen = {name: value for name, value in settings.items() if value is not None}
     try:
         with quiet_transformers():
             # mismatched sizes are let through here only to be reported with the other faults below
-            model, info = AiluRusForSemanticSegmentation.from_pretrained(
+            model, info = _model_class(path).from_pretrained(
                 path, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **chosen
             )
     except StrictDataclassError as error:  # not a ValueError, and its text has several lines
@@ -52,6 +50,24 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, **settings
         model.config.num_clusters = None
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def _model_class(path: str | Path) -> type[PreTrainedModel]:
+    """The segmentation class for the checkpoint's configuration.
+
+    Raises:
+        CheckpointError: the configuration is not one of this package's.
+    """
+    from ..auto import AUTO_MODELS
+
+    classes = {config.model_type: models[AutoModelForSemanticSegmentation] for config, models in AUTO_MODELS.items()}
+    model_type = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
+    if model_type not in classes:
+        raise CheckpointError(
+            f"{path}: config.json must have model_type {' or '.join(map(repr, classes))}, got {model_type!r}"
+        )
+    chosen: type[PreTrainedModel] = classes[model_type]
+    return chosen
 
 
 def _check_folder(folder: Path) -> None:
@@ -78,15 +94,12 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_config(file: Path) -> None:
-    from .. import AiluRusConfig
-
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # bad JSON, or not UTF-8
         raise CheckpointError(f"{file} is not a readable JSON file: {error}") from error
-    model_type = config.get("model_type") if isinstance(config, dict) else None
-    if model_type != AiluRusConfig.model_type:
-        raise CheckpointError(f"{file} must have model_type {AiluRusConfig.model_type!r}, got {model_type!r}")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} must hold a JSON object with a model_type, got {type(config).__name__}")
 
 
 def _check_loading(path: str | Path, info: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .reading import CheckpointError
+from .segformer import ORIGINS
 from .sources import find_weights, locate, read_json, read_tensors
 from .transformers_vit import FAMILIES
 from .unsupported import refuse_unsupported
@@ -121,6 +122,8 @@ def recognise(source: str | Path) -> tuple[str, str]:
         CheckpointError: the source is unreadable, of an unsupported family, ambiguous, or none that is known.
     """
     evidence = _gather(source)
+    if segformer := next((key for key in ORIGINS.values() if key in evidence.tensors), None):
+        return "segformer", f"it has a tensor named {segformer}"
     refuse_unsupported(source, evidence.tensors, _model_type(evidence))
     found = [sign for sign in SIGNS if sign.found(evidence)]
     chosen = [sign for sign in found if sign.certain] or found
@@ -134,6 +137,7 @@ def recognise(source: str | Path) -> tuple[str, str]:
             "name the recipe instead of 'auto'"
         )
     looked_for = "; ".join(f"{sign.recipe}: {sign.looks_for}" for sign in SIGNS if sign.certain)
+    looked_for += f"; segformer: a tensor named {' or '.join(ORIGINS.values())}"
     raise CheckpointError(f"{source} is not recognised; looked for {looked_for}")
 
 

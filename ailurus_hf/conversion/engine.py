@@ -26,6 +26,7 @@ from .reading import CheckpointError, CheckpointWarning, file_sha256
 from .recipe import Plan, Recipe, SourceCheckpoint
 from .report import ConversionReport, KeyRow
 from .rules import Drop, Flatten, Rename, Rule, SplitRows, Transpose, fill, match, source_of
+from .segformer import is_segformer
 from .sources import weight_files
 from .verification import quiet_transformers, verify_checkpoint
 
@@ -111,6 +112,8 @@ def convert_checkpoint(
     if recipe == AUTO:
         tell(f"recognising {source}")
         recipe, recognised = recognise(source)
+    elif is_segformer(source, recipe):
+        recipe = "segformer"
     chosen = _find_recipe(recipe)
 
     tell(f"reading {source}")
@@ -208,8 +211,6 @@ def _transform(mapping: KeyMapping, tensor: torch.Tensor) -> tuple[torch.Tensor,
             return (tensor,)
         case Drop():
             return ()
-        case Flatten():
-            return (tensor.flatten(1),)
         case Transpose():
             if tensor.ndim != 2:
                 raise CheckpointError(f"{mapping.source} must be a matrix, got shape {tuple(tensor.shape)}")

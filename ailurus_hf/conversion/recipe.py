@@ -46,6 +46,7 @@ class Plan:
         recorded: names of outputs recorded in a `golden.safetensors` -> the model's output they are.
         pads_images: whether the source takes images that are no whole number of patches, as the models here do.
         resizes: whether the reference takes images of another size than the trained one.
+        image_sizes: heights and widths to verify at; by default the trained size and, with `resizes`, another.
         license: the licence that the source names for its weights.
         notes: oddities of the source that the user should know.
     """
@@ -59,6 +60,7 @@ class Plan:
     recorded: Mapping[str, str] = field(default_factory=lambda: {"logits": "logits"})
     pads_images: bool = False
     resizes: bool = True
+    image_sizes: tuple[tuple[int, int], ...] = ()
     license: str | None = None
     notes: tuple[str, ...] = ()
 

@@ -62,7 +62,7 @@ class Transpose:
 
 @dataclass(frozen=True)
 class Flatten:
-    """All axes but the first become one: the weight of a 1 x 1 convolution becomes that of a linear layer."""
+    """The weight of a 1 x 1 convolution, (rows, columns, 1, 1), becomes that of a linear layer, (rows, columns)."""
 
     pattern: str
     target: str

@@ -15,17 +15,20 @@ stored with the weights (which are parsed, never run), else it is that of all pu
 """
 
 import ast
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .inert_pickle import read_torch_file_inertly
-from .reading import CheckpointError, read_safetensors, read_torch_file, state_dict_of, strip_common_prefix
-from .recipe import Plan, Recipe, SourceCheckpoint
-from .rules import Drop, Flatten, Rename, Rule, SplitRows, fill, match
+import torch
+from torch.nn import functional as F
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-__all__ = ["ORIGINS", "RECIPE", "plan_segformer", "read_segformer", "segformer_rules"]
+from .reading import CheckpointError, state_dict_of, strip_common_prefix
+from .recipe import Plan, Recipe, Reference, SourceCheckpoint
+from .rules import Drop, Flatten, Rename, Rule, SplitRows, fill, match
+from .sources import find_weights, license_of, locate, read_json, read_tensors
+
+__all__ = ["ORIGINS", "RECIPE", "is_segformer", "plan_segformer", "read_segformer", "segformer_rules"]
 
 CITATION = """@inproceedings{xie2021segformer,
   title={SegFormer: Simple and Efficient Design for Semantic Segmentation with Transformers},
@@ -173,46 +176,36 @@ def segformer_rules(origin: str) -> tuple[Rule, ...]:
     return RULES[origin]
 
 
+def is_segformer(source: str | Path, recipe: str) -> bool:
+    """Whether a source named as one of `"transformers"` or `"mmseg"` is a SegFormer, which has this recipe.
+
+    Told from transformers' `model_type`, or from mmsegmentation's tensor names.
+    """
+    if recipe == "transformers":
+        config = find_weights(locate(source)).parent / "config.json"
+        return config.is_file() and read_json(config).get("model_type") == "segformer"
+    if recipe == "mmseg":
+        content = read_tensors(find_weights(locate(source, hub=False), preferred=("latest.pth",)), objects=True)
+        inner = content.get("state_dict", content)
+        return isinstance(inner, Mapping) and any(str(key).endswith(ORIGINS["mmseg"]) for key in inner)
+    return False
+
+
 def read_segformer(source: str | Path) -> SourceCheckpoint:
     """Read a checkpoint and the settings in it or beside it.
 
     Args:
-        source: the weights file, or a folder with `model.safetensors`, `pytorch_model.bin` or one `.pth` file.
+        source: the weights file, a folder that holds it, or a name on the Hub.
 
     Raises:
         FileNotFoundError: the source or its weights are missing.
         CheckpointError: a file is unreadable or unsafe, or holds no state dict.
     """
-    weights = _find_weights(Path(source))
-    data: Any
-    if weights.suffix == ".safetensors":
-        data = {"state_dict": read_safetensors(weights)}
-    else:
-        try:
-            data = read_torch_file(weights)
-        except CheckpointError as error:
-            if "may run code" not in str(error):
-                raise
-            data = read_torch_file_inertly(weights)
-    tensors = strip_common_prefix(state_dict_of(data, weights, "state_dict"))
-    meta = data.get("meta") if isinstance(data, Mapping) else None
+    weights = find_weights(locate(source))
+    content = read_tensors(weights, objects=True)
+    tensors = strip_common_prefix(state_dict_of(content, weights, "state_dict"))
+    meta = content.get("meta")
     return SourceCheckpoint(weights, tensors, _description(weights, meta if isinstance(meta, Mapping) else {}))
-
-
-def _find_weights(source: Path) -> Path:
-    if not source.exists():
-        raise FileNotFoundError(f"{source} does not exist; expected a SegFormer folder or its weights file")
-    if not source.is_dir():
-        return source
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (source / name).is_file():
-            return source / name
-    others = sorted(source.glob("*.pth"))
-    if len(others) == 1:
-        return others[0]
-    raise FileNotFoundError(
-        f"no model.safetensors, pytorch_model.bin or single .pth file in {source}; name the weights file itself"
-    )
 
 
 def _description(weights: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,12 +213,9 @@ def _description(weights: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("config.json", "preprocessor_config.json"):
         if (path := weights.parent / name).is_file():
-            try:
-                found[name] = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise CheckpointError(f"{path} is no valid JSON: {error}") from error
+            found[name] = read_json(path)
     texts = [meta[name] for name in ("cfg", "config") if isinstance(meta.get(name), str)]
-    texts += [path.read_text(encoding="utf-8") for path in sorted(weights.parent.glob("*.py"))]
+    texts += [path.read_text(encoding="utf-8", errors="replace") for path in sorted(weights.parent.glob("*.py"))]
     dataset = meta.get("dataset_meta")
     classes = dataset.get("classes") if isinstance(dataset, Mapping) else meta.get("CLASSES")
     return {**found, "python": texts, "classes": classes}
@@ -255,8 +245,26 @@ def plan_segformer(checkpoint: SourceCheckpoint) -> Plan:
         rules=rules,
         processor=_processor(checkpoint.description),
         model_class="AiluRusSegformerForSemanticSegmentation",
+        reference=_native_forward(checkpoint.description.get("config.json"), heads),
+        image_sizes=((64, 96), (50, 75)),
+        license=license_of(checkpoint.weights_path.parent),
         notes=notes,
     )
+
+
+def _native_forward(settings: Mapping[str, Any] | None, heads: list[int]) -> Reference | None:
+    """transformers' own class on the same tensors; `None` where its `config.json` is not there."""
+    if settings is None or settings.get("model_type") != "segformer":
+        return None
+    native = SegformerConfig.from_dict({**settings, "num_attention_heads": heads})
+
+    def forward(tensors: Mapping[str, torch.Tensor], pixel_values: torch.Tensor) -> torch.Tensor:
+        model = SegformerForSemanticSegmentation.from_pretrained(
+            None, config=native, state_dict=dict(tensors), dtype=pixel_values.dtype
+        )
+        return F.interpolate(model(pixel_values).logits, size=pixel_values.shape[-2:], mode="bilinear")
+
+    return forward
 
 
 def _sizes(rules: tuple[Rule, ...], checkpoint: SourceCheckpoint) -> dict[str, Any]:

@@ -57,9 +57,11 @@ def refuse_unsupported(source: object, keys: Iterable[str] = (), model_type: obj
     """Refuse a source of an unsupported family, told from its tensor names or transformers' `model_type`.
 
     Raises:
-        CheckpointError: names the family, and the adapter to use instead.
+        CheckpointError: names the family, and the recipe or the adapter to use instead.
     """
     family = UNSUPPORTED_MODEL_TYPES.get(str(model_type)) or unsupported_family(keys)
+    if family == "SegFormer":
+        raise CheckpointError(f"{source} is a SegFormer model: convert it with the recipe 'segformer'")
     if family is not None:
         raise CheckpointError(
             f"{source} is a {family} model: only plain ViTs with learned absolute positions are converted; "

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -69,7 +70,7 @@ def verify_checkpoint(
     Raises:
         CheckpointError: the loaded model differs from the source.
     """
-    saved_dtype = next(iter(tensors.values())).dtype
+    saved_dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())  # not a counter's
     dtype = torch.promote_types(saved_dtype, torch.float32)
     model = _load(folder, plan, tensors, dtype)
     cases: list[_Case] = []
@@ -99,19 +100,23 @@ def _load(folder: Path, plan: Plan, tensors: Mapping[str, torch.Tensor], dtype: 
 
 
 def _test_images(model: PreTrainedModel, plan: Plan, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Two seeded images: one of the trained size, and one smaller and not square.
+    """Seeded images of the sizes that the plan names, else of the sizes of [`_plain_vit_sizes`]."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = plan.image_sizes or _plain_vit_sizes(model.config, plan)
+    return [torch.randn(1, model.config.num_channels, *size, generator=generator).to(dtype) for size in sizes]
+
+
+def _plain_vit_sizes(config: Any, plan: Plan) -> tuple[tuple[int, int], ...]:
+    """The trained size, and one smaller and not square.
 
     Where the source pads images as the models here do, the second is no whole number of patches either.
     """
-    config = model.config
     patch_size = config.patch_size
     height, width = (side * patch_size for side in config.grid_size)
     smaller = max(patch_size, 3 * height // 5 + 1), max(patch_size, 9 * width // 10 + 1)
     if not plan.pads_images:
         smaller = (smaller[0] // patch_size * patch_size, (smaller[1] // patch_size + 1) * patch_size)
-    generator = torch.Generator().manual_seed(0)
-    sizes = [(height, width), smaller] if plan.resizes else [(height, width)]
-    return [torch.randn(1, config.num_channels, *size, generator=generator).to(dtype) for size in sizes]
+    return ((height, width), smaller) if plan.resizes else ((height, width),)
 
 
 def _recorded(path: Path, plan: Plan, dtype: torch.dtype) -> list[_Case]:

@@ -39,7 +39,7 @@ def adaptive_resolution_figure(
         ValueError: `merged` has no clusters, since it comes from sliding windows.
     """
     if merged.clusters is None:
-        raise ValueError("merged must have clusters, got a segmentation by sliding windows")
+        raise ValueError("merged must have clusters, got a segmentation by sliding windows or of a hierarchical model")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -91,6 +91,7 @@ def _draw_clusters(axes: "Axes", merged: Segmentation) -> None:
     from matplotlib.collections import LineCollection
 
     assert merged.clusters is not None  # checked by the caller
+    assert merged.patch_size is not None  # comes with the clusters
     borders = cluster_borders(merged.clusters, merged.patch_size)
     axes.add_collection(LineCollection(list(borders), colors=BORDER, linewidths=0.8))
 

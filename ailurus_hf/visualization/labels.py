@@ -12,8 +12,8 @@ MAX_INDEXED_CLASSES = 256
 
 def model_palette(config: Any) -> np.ndarray:
     """Colours (num_labels, 3) uint8: `config.palette`, or else the colour map of the PASCAL VOC labels."""
-    if config.palette is not None:
-        return np.asarray(config.palette, dtype=np.uint8)
+    if (palette := getattr(config, "palette", None)) is not None:
+        return np.asarray(palette, dtype=np.uint8)
     classes = np.arange(1, config.num_labels + 1)  # 0, black in that colour map, would be invisible in an overlay
     colours = np.zeros((config.num_labels, 3), dtype=np.uint8)
     for bit in range(8):

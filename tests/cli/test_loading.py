@@ -71,7 +71,11 @@ def test_incomplete_folders(folder: Path, tmp_path: Path) -> None:
 
 
 def test_broken_config(folder: Path) -> None:
-    for text, said in (("{", "JSON"), ("[]", "model_type"), ('{"model_type": "vit"}', "'ailurus', got 'vit'")):
+    for text, said in (
+        ("{", "JSON"),
+        ("[]", "model_type"),
+        ('{"model_type": "vit"}', "'ailurus' or 'ailurus_segformer', got 'vit'"),
+    ):
         (folder / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=rf"config\.json .*{said}"):
             load_model(folder)

@@ -10,10 +10,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load, save_file
 
-from ailurus_hf import AiluRusForSemanticSegmentation, AiluRusImageProcessor
+from ailurus_hf import (
+    AiluRusForSemanticSegmentation,
+    AiluRusImageProcessor,
+    AiluRusSegformerForSemanticSegmentation,
+)
 from ailurus_hf.cli.app import main
 from ailurus_hf.scenes import CLASS_NAMES
-from tests.factories import tiny_model
+from tests.factories import tiny_model, tiny_segformer
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (44, 70, 3), dtype=np.uint8)
 
@@ -257,3 +261,14 @@ def test_demo_checkpoint_is_small_and_names_its_classes():
     assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= 6_000_000
     config = AiluRusForSemanticSegmentation.from_pretrained(folder).config
     assert list(config.id2label.values()) == list(CLASS_NAMES)
+
+
+def test_predict_with_a_hierarchical_model(capfd):
+    tiny_segformer(AiluRusSegformerForSemanticSegmentation).save_pretrained("stages")
+    AiluRusImageProcessor().save_pretrained("stages")
+    code, out, _ = run(capfd, "predict", "pictures/first.png", "--model", "stages", "--json")
+    assert code == 0
+    [report] = json.loads(out)
+    assert report["tokens"] is None
+    assert "info describes plain vision transformers" in refused(capfd, "info", "stages")
+    assert "of a hierarchical model" in refused(capfd, "visualize", "pictures/first.png", "--model", "stages")

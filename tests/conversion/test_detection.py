@@ -28,6 +28,8 @@ KNOWN = [
     ("mae", "mae/pretrain_full/checkpoint-1.pth"),
     ("mmseg", "mmseg/segmenter_mask"),
     ("mmseg", "mmseg/segmenter_linear"),
+    ("segformer", "mmseg/segformer"),
+    ("segformer", "segformer_nvlabs/segformer"),
 ]
 
 
@@ -43,8 +45,6 @@ class TestRecognition:
         [
             ("dino/backbone", "ambiguous: .*'dino' and 'timm'"),
             ("mae/finetune_cls", "ambiguous: .*'mae' and 'timm'"),
-            ("mmseg/segformer", "is a SegFormer model.*apply_ailurus"),
-            ("segformer_nvlabs/segformer", "is a SegFormer model.*apply_ailurus"),
         ],
     )
     def test_refusals(self, name: str, said: str) -> None:

@@ -199,10 +199,6 @@ class TestRefusals:
         with pytest.raises(CheckpointError):
             convert_checkpoint("mmseg", golden("safety", "malicious_mmseg_config"), tmp_path / "out")
 
-    def test_segformer_is_named(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match=r"is a SegFormer model.*apply_ailurus"):
-            convert_checkpoint("mmseg", golden("mmseg", "segformer"), tmp_path / "out")
-
     def test_a_convolution_that_is_no_matrix(self, tmp_path: Path) -> None:
         content = {
             "state_dict": torch.load(golden("mmseg", "segmenter_mask", "segmenter_toy.pth"), weights_only=True)[

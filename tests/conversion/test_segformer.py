@@ -1,9 +1,7 @@
 """The SegFormer recipe: three origins, told apart by names; goldens; safe reading; what is refused."""
 
 import json
-import os
 import warnings
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ from transformers import AutoModelForSemanticSegmentation, SegformerConfig, Segf
 from ailurus_hf import AiluRusSegformerForSemanticSegmentation
 from ailurus_hf.conversion import CheckpointError, CheckpointWarning, convert_checkpoint, segformer
 from ailurus_hf.conversion.engine import check_rules_used, map_keys
-from ailurus_hf.conversion.inert_pickle import read_torch_file_inertly
 from tests.paths import golden
 
 GOLDENS = {"nvlabs": ("segformer_nvlabs", "segformer"), "mmseg": ("mmseg", "segformer")}
@@ -140,34 +137,18 @@ def test_python_settings_are_parsed_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-class _Trap:
-    def __init__(self, folder: str):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
-
-
-def test_foreign_objects_are_never_built(tmp_path: Path) -> None:
-    file = tmp_path / "trap.pth"
-    torch.save({"state_dict": {"a": torch.arange(3.0)}, "trap": _Trap(str(tmp_path / "ran")), "get": getattr}, file)
-    data = read_torch_file_inertly(file)
-    assert torch.equal(data["state_dict"]["a"], torch.arange(3.0))
-    assert not (tmp_path / "ran").exists()
+@pytest.mark.parametrize("recipe", ["transformers", "auto", "mmseg"])
+def test_reached_under_the_name_of_its_origin(recipe: str, native_folder: Path, tmp_path: Path) -> None:
+    source = golden(*GOLDENS["mmseg"]) if recipe == "mmseg" else native_folder
+    report = convert_checkpoint(recipe, source, tmp_path / "out")
+    assert report.model_class == "AiluRusSegformerForSemanticSegmentation"
+    assert report.verification is not None
+    assert report.verification.largest_difference <= 1e-5
 
 
-def test_inert_reading_refuses_other_formats(tmp_path: Path) -> None:
-    torch.save({"trap": _Trap("x")}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match="old format"):
-        read_torch_file_inertly(tmp_path / "old.pth")
-    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
-        archive.writestr("script/constants.pkl", b"")
-    with pytest.raises(CheckpointError, match="TorchScript archive"):
-        read_torch_file_inertly(tmp_path / "script.pt")
-    with zipfile.ZipFile(tmp_path / "cut.pt", "w") as archive:
-        archive.writestr("cut/data.pkl", b"\x80")
-    with pytest.raises(CheckpointError, match="damaged"):
-        read_torch_file_inertly(tmp_path / "cut.pt")
+def test_other_recipes_point_here(native_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a SegFormer model: convert it with the recipe 'segformer'"):
+        convert_checkpoint("timm", native_folder, tmp_path / "out")
 
 
 def test_refuses_what_is_no_segformer(tmp_path: Path, native_folder: Path) -> None:
