@@ -27,7 +27,7 @@ from .recipe import Plan, Recipe, SourceCheckpoint
 from .report import ConversionReport, KeyRow
 from .rules import Drop, Flatten, Rename, Rule, SplitRows, Transpose, fill, match, source_of
 from .sources import weight_files
-from .verification import quiet_transformers, verify_checkpoint
+from .verification import float_dtype, quiet_transformers, verify_checkpoint
 
 __all__ = ["KeyMapping", "check_rules_used", "convert_checkpoint", "map_keys"]
 
@@ -190,10 +190,16 @@ def _convert_tensors(
         tensors |= zip(mapping.targets, _transform(mapping, checkpoint.tensors[mapping.source]), strict=True)
     _check_against_model(mappings, tensors, skeleton, plan.rules)
     check_rules_used(plan.rules, mappings)
-    dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+    wanted = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
+    floats = [tensor.dtype for name, tensor in tensors.items() if wanted[name].is_floating_point]
+    dtype = dtype or reduce(torch.promote_types, floats)
     skeleton.to(dtype)
-    # safetensors refuses tensors that share memory, as the parts of a split one do
-    return {name: tensor.to(dtype, copy=True).contiguous() for name, tensor in tensors.items()}
+    # Counters, as BatchNorm has them, stay whole numbers; safetensors refuses tensors that share memory, as the parts
+    # of a split one do.
+    return {
+        name: tensor.to(dtype if wanted[name].is_floating_point else wanted[name], copy=True).contiguous()
+        for name, tensor in tensors.items()
+    }
 
 
 def _transform(mapping: KeyMapping, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -320,7 +326,7 @@ def _report(
         sha256=file_sha256(*weight_files(checkpoint.weights_path)),
         output=output,
         written=False,
-        dtype=str(next(iter(tensors.values())).dtype).removeprefix("torch."),
+        dtype=str(float_dtype(tensors)).removeprefix("torch."),
         num_tensors=len(tensors),
         num_parameters=sum(tensor.numel() for tensor in tensors.values()),
         dropped={mapping.source: mapping.rule.reason for mapping in mappings if isinstance(mapping.rule, Drop)},

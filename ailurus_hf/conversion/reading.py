@@ -28,6 +28,7 @@ __all__ = [
     "strip_common_prefix",
 ]
 
+_COUNTER = ".num_batches_tracked"
 _MAX_YAML_BYTES = 1_000_000
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 
@@ -150,7 +151,9 @@ def _check_tensor(key: Any, tensor: Any, path: Path) -> None:
         raise CheckpointError(f"{path}: the tensor names must be strings, got {key!r}")
     if not isinstance(tensor, torch.Tensor):
         raise CheckpointError(f"{path}: {key} must be a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or not tensor.is_floating_point():
+    # BatchNorm counts its batches: the one tensor of a vision transformer's decoder that is a whole number.
+    right_dtype = tensor.is_floating_point() or (key.endswith(_COUNTER) and tensor.dtype == torch.int64)
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or not right_dtype:
         raise CheckpointError(f"{path}: {key} must be a dense floating-point tensor, got {tensor.dtype}")
 
 

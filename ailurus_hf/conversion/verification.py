@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .reading import CheckpointError, read_safetensors
 from .recipe import Plan, SourceCheckpoint
 
-__all__ = ["Verification", "quiet_transformers", "verify_checkpoint"]
+__all__ = ["Verification", "float_dtype", "quiet_transformers", "verify_checkpoint"]
 
 TOLERANCE = 1e-4
 RELATIVE_TOLERANCE = 1e-5
@@ -52,6 +52,11 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def float_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """The dtype that a checkpoint's weights share; counters are whole numbers."""
+    return next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+
+
 @torch.no_grad()
 def verify_checkpoint(
     folder: Path, plan: Plan, checkpoint: SourceCheckpoint, tensors: Mapping[str, torch.Tensor]
@@ -69,7 +74,7 @@ def verify_checkpoint(
     Raises:
         CheckpointError: the loaded model differs from the source.
     """
-    saved_dtype = next(iter(tensors.values())).dtype
+    saved_dtype = float_dtype(tensors)
     dtype = torch.promote_types(saved_dtype, torch.float32)
     model = _load(folder, plan, tensors, dtype)
     cases: list[_Case] = []
@@ -91,7 +96,7 @@ def _load(folder: Path, plan: Plan, tensors: Mapping[str, torch.Tensor], dtype: 
     model_class = getattr(import_module(__package__.rpartition(".")[0]), plan.model_class)
     model: PreTrainedModel = model_class.from_pretrained(folder, dtype=dtype, keep_ratio=1.0, num_clusters=None)
     for name, tensor in model.state_dict().items():
-        if not torch.equal(tensor, tensors[name].to(dtype)):
+        if not torch.equal(tensor, tensors[name].to(tensor.dtype)):
             raise CheckpointError(
                 f"verification failed: {name} does not come back from the written folder as it was saved"
             )
