@@ -22,13 +22,12 @@ from transformers import PreTrainedModel
 from .._files import atomic_directory, check_output_directory
 from ..model_card import CardSource, build_model_card
 from .detection import recognise
-from .reading import CheckpointError, CheckpointWarning, file_sha256
+from .reading import CheckpointError, CheckpointWarning, OtherRecipeError, file_sha256
 from .recipe import Plan, Recipe, SourceCheckpoint
 from .report import ConversionReport, KeyRow
 from .rules import Drop, Flatten, Rename, Rule, SplitRows, Transpose, fill, match, source_of
-from .segformer import is_segformer
 from .sources import weight_files
-from .verification import quiet_transformers, verify_checkpoint
+from .verification import float_dtype, quiet_transformers, verify_checkpoint
 
 __all__ = ["KeyMapping", "check_rules_used", "convert_checkpoint", "map_keys"]
 
@@ -44,6 +43,7 @@ RECIPES = {  # name -> module of this folder with its RECIPE
     "ailurus": "ailurus",
 }
 AUTO = "auto"
+SEVERAL_FAMILIES = ("transformers", "mmseg")  # projects of whose families some have a recipe of their own
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
 _SHOWN = 4  # keys named in an error before "and N more"
@@ -112,12 +112,17 @@ def convert_checkpoint(
     if recipe == AUTO:
         tell(f"recognising {source}")
         recipe, recognised = recognise(source)
-    elif is_segformer(source, recipe):
-        recipe = "segformer"
     chosen = _find_recipe(recipe)
 
     tell(f"reading {source}")
-    checkpoint = replace(chosen.read(source), overrides=settings)
+    try:
+        checkpoint = chosen.read(source)
+    except OtherRecipeError as error:
+        if recipe not in SEVERAL_FAMILIES:
+            raise
+        recipe, chosen = error.recipe, _find_recipe(error.recipe)
+        checkpoint = chosen.read(source)
+    checkpoint = replace(checkpoint, overrides=settings)
     plan = chosen.plan(checkpoint)
     tell(f"mapping {len(checkpoint.tensors)} tensors")
     skeleton = _build_skeleton(plan, settings)
@@ -194,13 +199,14 @@ def _convert_tensors(
         tensors |= zip(mapping.targets, _transform(mapping, checkpoint.tensors[mapping.source]), strict=True)
     _check_against_model(mappings, tensors, skeleton, plan.rules)
     check_rules_used(plan.rules, mappings)
-    found = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
-    dtype = dtype or reduce(torch.promote_types, found)
+    wanted = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
+    floats = [tensor.dtype for name, tensor in tensors.items() if wanted[name].is_floating_point]
+    dtype = dtype or reduce(torch.promote_types, floats)
     skeleton.to(dtype)
-    # Counters of batch norms stay integers. safetensors refuses tensors that share memory, as the parts of a split one
-    # do.
+    # Counters, as BatchNorm has them, stay whole numbers; safetensors refuses tensors that share memory, as the parts
+    # of a split one do.
     return {
-        name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
+        name: tensor.to(dtype if wanted[name].is_floating_point else wanted[name], copy=True).contiguous()
         for name, tensor in tensors.items()
     }
 
@@ -331,7 +337,7 @@ def _report(
         sha256=file_sha256(*weight_files(checkpoint.weights_path)),
         output=output,
         written=False,
-        dtype=str(next(iter(tensors.values())).dtype).removeprefix("torch."),
+        dtype=str(float_dtype(tensors)).removeprefix("torch."),
         num_tensors=len(tensors),
         num_parameters=sum(tensor.numel() for tensor in tensors.values()),
         dropped={mapping.source: mapping.rule.reason for mapping in mappings if isinstance(mapping.rule, Drop)},

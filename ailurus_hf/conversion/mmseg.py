@@ -1,11 +1,13 @@
-"""The recipe for mmsegmentation: Segmenter (mask transformer or linear head) on its `VisionTransformer`.
+"""The recipe for mmsegmentation: Segmenter, and SETR with its naive or PUP head, on its `VisionTransformer`.
 
 mmsegmentation (https://github.com/open-mmlab/mmsegmentation). Facts of its code (0.30 to 1.2) kept here:
 
-- the backbone's LayerNorm eps is in its config (1e-6 in the published ones), that of the mask head is 1e-5;
+- the backbone's LayerNorm eps is in its config (1e-6 in the published ones), that of the mask head is 1e-5, that of
+  SETR's head 1e-6;
 - positions are resized with the config's `interpolate_mode`, without antialiasing, only when the token count differs;
 - images are padded to whole patches; the logits are resized from the padded grid straight to the image's size;
 - the patch projection may have no bias: the tensors tell, not the config;
+- the head looks at one of the layers that `out_indices` names, the one that `in_index` selects;
 - images are normalised on the 0 to 255 scale.
 
 The settings are those stored in the checkpoint, else those of a `.py` config beside it; neither is executed.
@@ -26,9 +28,23 @@ from .timm_style import count_blocks
 __all__ = ["RECIPE", "mmseg_rules", "plan_mmseg", "read_mmseg"]
 
 PARAM = "{param:weight|bias}"
-HEADS = {"SegmenterMaskTransformerHead": "mask_transformer", "FCNHead": "linear"}
+HEADS = {
+    "SegmenterMaskTransformerHead": "mask_transformer",
+    "FCNHead": "linear",
+    "SETRUPHead": "progressive_upsampling",
+}
 INTERPOLATIONS = ("bicubic", "bilinear")
-DEFAULT_EPS = 1e-5  # of `dict(type="LN")`
+BACKBONE_FLAGS = {
+    "with_cls_token": True,
+    "patch_norm": False,
+    "pre_norm": False,
+    "qkv_bias": True,
+    "out_origin": False,
+    "output_cls_token": False,
+}
+SETR_NORM = {"type": "LN", "eps": 1e-6}
+RELU = {"type": "ReLU"}
+DEFAULT_EPS = 1e-5  # of `dict(type="LN")`, and of BatchNorm
 
 CITATION = """@misc{mmseg2020,
   title  = {{MMSegmentation}: OpenMMLab Semantic Segmentation Toolbox and Benchmark},
@@ -73,11 +89,20 @@ HEAD_RULES: Mapping[str, tuple[Rule, ...]] = {
         Rename(f"decode_head.mask_norm.{PARAM}", "decode_head.mask_norm.{param}"),
         Drop(f"decode_head.conv_seg.{PARAM}", "a classifier that the mask head does not use", optional=True),
     ),
+    "progressive_upsampling": (
+        Rename(f"decode_head.norm.{PARAM}", "decode_head.layernorm.{param}"),
+        Rename("decode_head.up_convs.{layer}.0.conv.weight", "decode_head.convolutions.{layer}.weight"),
+        Rename(
+            "decode_head.up_convs.{layer}.0.bn.{param:weight|bias|running_mean|running_var|num_batches_tracked}",
+            "decode_head.batch_norms.{layer}.{param}",
+        ),
+        Rename(f"decode_head.conv_seg.{PARAM}", "decode_head.classifier.{param}"),
+    ),
 }
 
 
 def mmseg_rules(decoder_type: str, final_norm: bool) -> tuple[Rule, ...]:
-    """The whole table for a `"linear"` or `"mask_transformer"` head."""
+    """The whole table for a head of this `decoder_type`."""
     auxiliary = Drop("auxiliary_head.{rest:*}", "an auxiliary head, used only in training", optional=True)
     return BACKBONE_RULES + (FINAL_NORM_RULES if final_norm else ()) + HEAD_RULES[decoder_type] + (auxiliary,)
 
@@ -116,7 +141,8 @@ def plan_mmseg(checkpoint: SourceCheckpoint) -> Plan:
     """Make the plan from the config.
 
     Raises:
-        CheckpointError: the model is not Segmenter on a `VisionTransformer`, or a setting is missing or not supported.
+        CheckpointError: the model is not Segmenter or SETR on a `VisionTransformer`, or a setting is missing or not
+            supported.
     """
     model = _section(checkpoint.description, "model", "")
     backbone, head = _section(model, "backbone", "model"), _section(model, "decode_head", "model")
@@ -147,15 +173,41 @@ def _check_kinds(backbone: Mapping[str, Any], head: Mapping[str, Any]) -> None:
         raise CheckpointError(f"model.decode_head.type must be one of {', '.join(HEADS)}, got {kind!r}")
     if kind == "FCNHead" and (head.get("num_convs", 2) != 0 or head.get("concat_input", True)):
         raise CheckpointError("model.decode_head must have num_convs=0 and concat_input=False, the linear head")
-    for name, expected in (("with_cls_token", True), ("patch_norm", False), ("pre_norm", False), ("qkv_bias", True)):
+    if kind == "SETRUPHead":
+        _check_upsampling(head)
+    for name, expected in BACKBONE_FLAGS.items():
         if backbone.get(name, expected) is not expected:
             raise CheckpointError(f"model.backbone.{name} must be {expected}, got {backbone[name]!r}")
-    outputs = backbone.get("out_indices", -1)
-    last = _integer(backbone, "num_layers", 12) - 1
-    if outputs not in (-1, last, (-1,), (last,), [-1], [last]):
-        raise CheckpointError(f"model.backbone.out_indices must name the last layer alone, got {outputs!r}")
+    _check_last_layer(backbone, head)
     if head.get("align_corners", False):
         raise CheckpointError("model.decode_head.align_corners must be False, got True")
+
+
+def _check_upsampling(head: Mapping[str, Any]) -> None:
+    """What SETR's head could have and the published ones do not: other norms, activations and kernels."""
+    norm, activation = _section(head, "norm_cfg", "model.decode_head"), head.get("act_cfg", RELU)
+    layer_norm = head.get("norm_layer", SETR_NORM)
+    if not isinstance(layer_norm, Mapping) or layer_norm.get("type") != "LN":
+        raise CheckpointError(f"model.decode_head.norm_layer must be LN, got {layer_norm!r}")
+    if norm.get("type") not in ("BN", "BN2d", "SyncBN") or norm.get("eps", DEFAULT_EPS) != DEFAULT_EPS:
+        raise CheckpointError(f"model.decode_head.norm_cfg must be BN or SyncBN with eps {DEFAULT_EPS}, got {norm!r}")
+    if not isinstance(activation, Mapping) or activation.get("type") != "ReLU":
+        raise CheckpointError(f"model.decode_head.act_cfg must be ReLU, got {activation!r}")
+    if head.get("kernel_size", 3) not in (1, 3):
+        raise CheckpointError(f"model.decode_head.kernel_size must be 1 or 3, got {head['kernel_size']!r}")
+
+
+def _check_last_layer(backbone: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+    """The head must look at the last layer: `in_index` selects one of the outputs, which come in the layers' order."""
+    last = _integer(backbone, "num_layers", 12) - 1
+    named, selected = backbone.get("out_indices", -1), head.get("in_index", -1)
+    layers = named if isinstance(named, list | tuple) else [last if named == -1 else named]
+    if not all(type(index) is int and 0 <= index <= last for index in layers) or last not in layers:
+        raise CheckpointError(f"model.backbone.out_indices must name the last layer, {last}, got {named!r}")
+    if type(selected) is not int or selected not in (-1, len(set(layers)) - 1):
+        raise CheckpointError(
+            f"model.decode_head.in_index must select the last layer of out_indices {named!r}, got {selected!r}"
+        )
 
 
 def _backbone_settings(checkpoint: SourceCheckpoint, backbone: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,7 +220,7 @@ def _backbone_settings(checkpoint: SourceCheckpoint, backbone: Mapping[str, Any]
         "num_hidden_layers": count_blocks(checkpoint.tensors, "backbone.layers.{layer}"),
         "num_attention_heads": _integer(backbone, "num_heads", 12),
         "intermediate_size": _integer(backbone, "mlp_ratio", 4) * hidden_size,
-        "layer_norm_eps": _eps(backbone),
+        "layer_norm_eps": _eps(backbone.get("norm_cfg")),
         "image_size": _pair(backbone.get("img_size", 224), "model.backbone.img_size"),
         "patch_size": _integer(backbone, "patch_size", 16),
         "num_channels": _integer(backbone, "in_channels", 3),
@@ -185,14 +237,23 @@ def _backbone_settings(checkpoint: SourceCheckpoint, backbone: Mapping[str, Any]
 
 def _head_settings(head: Mapping[str, Any]) -> dict[str, Any]:
     settings = {"decoder_type": HEADS[head["type"]], "num_labels": _integer(head, "num_classes", None)}
-    if head["type"] != "SegmenterMaskTransformerHead":
+    if head["type"] == "FCNHead":
         return settings
+    if head["type"] == "SETRUPHead":
+        return settings | {
+            "decoder_num_layers": _integer(head, "num_convs", 1),
+            "decoder_hidden_size": _integer(head, "channels", None),
+            "decoder_kernel_size": _integer(head, "kernel_size", 3),
+            "decoder_upscale": _integer(head, "up_scale", 4),
+            "decoder_layer_norm_eps": _eps(head.get("norm_layer", SETR_NORM)),
+            "decoder_dropout_prob": float(head.get("dropout_ratio", 0.1)),
+        }
     embed_dims = _integer(head, "embed_dims", 768)
     return settings | {
         "decoder_num_layers": _integer(head, "num_layers", None),
         "decoder_num_attention_heads": _integer(head, "num_heads", None),
         "decoder_intermediate_size": _integer(head, "mlp_ratio", 4) * embed_dims,
-        "decoder_layer_norm_eps": _eps(head),
+        "decoder_layer_norm_eps": _eps(head.get("norm_cfg")),
         "decoder_dropout_prob": float(head.get("drop_rate", 0.0)),
     }
 
@@ -229,8 +290,7 @@ def _processor(data: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     return {"image_mean": [value / 255 for value in mean], "image_std": [value / 255 for value in std]}
 
 
-def _eps(section: Mapping[str, Any]) -> float:
-    norm = section.get("norm_cfg")
+def _eps(norm: Any) -> float:
     eps = norm.get("eps", DEFAULT_EPS) if isinstance(norm, Mapping) and norm.get("type", "LN") == "LN" else DEFAULT_EPS
     return float(eps)
 

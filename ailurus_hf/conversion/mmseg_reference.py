@@ -1,4 +1,4 @@
-"""The forward of mmsegmentation's Segmenter models as plain functions of a checkpoint's tensors.
+"""The forward of mmsegmentation's Segmenter and SETR models as plain functions of a checkpoint's tensors.
 
 It shares no code with the models of this package, so that a converted model can be checked against it.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, gelu, interpolate, layer_norm, linear, normalize, pad
+from torch.nn.functional import batch_norm, conv2d, gelu, interpolate, layer_norm, linear, normalize, pad, relu
 
 __all__ = ["MmsegForward"]
 
@@ -30,6 +30,8 @@ class MmsegForward:
         patches = self._encode(tensors, padded, grid)
         if "decode_head.cls_emb" in tensors:
             scores = self._mask_head(tensors, patches).transpose(1, 2).unflatten(2, grid)
+        elif "decode_head.norm.weight" in tensors:
+            scores = self._upsampling_head(tensors, patches, grid)
         else:
             maps = patches.transpose(1, 2).unflatten(2, grid)
             scores = conv2d(maps, tensors["decode_head.conv_seg.weight"], tensors["decode_head.conv_seg.bias"])
@@ -62,6 +64,20 @@ class MmsegForward:
         patches = normalize(_linear(tensors, "decode_head.patch_proj", tokens[:, :count]), dim=2)
         classes = normalize(_linear(tensors, "decode_head.classes_proj", tokens[:, count:]), dim=2)
         return _norm(tensors, "decode_head.mask_norm", patches @ classes.transpose(1, 2), eps)
+
+    def _upsampling_head(self, tensors: Tensors, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Scores (batch_size, num_labels, height, width)."""
+        normed = _norm(tensors, "decode_head.norm", patches, self.config["decoder_layer_norm_eps"])
+        maps, index = normed.transpose(1, 2).unflatten(2, grid), 0
+        while (step := f"decode_head.up_convs.{index}.0") + ".conv.weight" in tensors:
+            kernel = tensors[f"{step}.conv.weight"]
+            mean, var = tensors[f"{step}.bn.running_mean"], tensors[f"{step}.bn.running_var"]
+            scale, shift = tensors[f"{step}.bn.weight"], tensors[f"{step}.bn.bias"]
+            maps = conv2d(maps, kernel, padding=kernel.shape[-1] // 2)
+            maps = relu(batch_norm(maps, mean, var, scale, shift, eps=1e-5))
+            maps = interpolate(maps, scale_factor=float(self.config["decoder_upscale"]), mode="bilinear")
+            index += 1
+        return conv2d(maps, tensors["decode_head.conv_seg.weight"], tensors["decode_head.conv_seg.bias"])
 
 
 def _layers(tensors: Tensors, part: str, tokens: Tensor, num_heads: int, eps: float) -> Tensor:

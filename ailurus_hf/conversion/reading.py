@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 __all__ = [
     "CheckpointError",
     "CheckpointWarning",
+    "OtherRecipeError",
     "explain_load_failure",
     "file_sha256",
     "read_safetensors",
@@ -28,12 +29,21 @@ __all__ = [
     "strip_common_prefix",
 ]
 
+_COUNTER = ".num_batches_tracked"
 _MAX_YAML_BYTES = 1_000_000
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
 class CheckpointError(ValueError):
     """A checkpoint is unreadable, unsafe, or does not fit the model its settings describe."""
+
+
+class OtherRecipeError(CheckpointError):
+    """The source is of a family that another recipe converts, named by `recipe`."""
+
+    def __init__(self, message: str, recipe: str) -> None:
+        super().__init__(message)
+        self.recipe = recipe
 
 
 class CheckpointWarning(UserWarning):
@@ -150,9 +160,9 @@ def _check_tensor(key: Any, tensor: Any, path: Path) -> None:
         raise CheckpointError(f"{path}: the tensor names must be strings, got {key!r}")
     if not isinstance(tensor, torch.Tensor):
         raise CheckpointError(f"{path}: {key} must be a tensor, got {type(tensor).__name__}")
-    counts = key.endswith("num_batches_tracked") and tensor.dtype == torch.int64  # in every batch norm
-    numeric = tensor.is_floating_point() or counts
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or not numeric:
+    # BatchNorm counts its batches: the one tensor of a vision transformer's decoder that is a whole number.
+    right_dtype = tensor.is_floating_point() or (key.endswith(_COUNTER) and tensor.dtype == torch.int64)
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or not right_dtype:
         raise CheckpointError(f"{path}: {key} must be a dense floating-point tensor, got {tensor.dtype}")
 
 

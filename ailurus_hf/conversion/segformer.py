@@ -28,7 +28,7 @@ from .recipe import Plan, Recipe, Reference, SourceCheckpoint
 from .rules import Drop, Flatten, Rename, Rule, SplitRows, fill, match
 from .sources import find_weights, license_of, locate, read_json, read_tensors
 
-__all__ = ["ORIGINS", "RECIPE", "is_segformer", "plan_segformer", "read_segformer", "segformer_rules"]
+__all__ = ["ORIGINS", "RECIPE", "plan_segformer", "read_segformer", "segformer_rules"]
 
 CITATION = """@inproceedings{xie2021segformer,
   title={SegFormer: Simple and Efficient Design for Semantic Segmentation with Transformers},
@@ -174,21 +174,6 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
 def segformer_rules(origin: str) -> tuple[Rule, ...]:
     """The whole table for one of `ORIGINS`."""
     return RULES[origin]
-
-
-def is_segformer(source: str | Path, recipe: str) -> bool:
-    """Whether a source named as one of `"transformers"` or `"mmseg"` is a SegFormer, which has this recipe.
-
-    Told from transformers' `model_type`, or from mmsegmentation's tensor names.
-    """
-    if recipe == "transformers":
-        config = find_weights(locate(source)).parent / "config.json"
-        return config.is_file() and read_json(config).get("model_type") == "segformer"
-    if recipe == "mmseg":
-        content = read_tensors(find_weights(locate(source, hub=False), preferred=("latest.pth",)), objects=True)
-        inner = content.get("state_dict", content)
-        return isinstance(inner, Mapping) and any(str(key).endswith(ORIGINS["mmseg"]) for key in inner)
-    return False
 
 
 def read_segformer(source: str | Path) -> SourceCheckpoint:

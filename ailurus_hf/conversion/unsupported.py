@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from .reading import CheckpointError
+from .reading import CheckpointError, OtherRecipeError
 
 __all__ = ["UNSUPPORTED_KEYS", "UNSUPPORTED_MODEL_TYPES", "refuse_unsupported", "unsupported_family"]
 
@@ -57,11 +57,12 @@ def refuse_unsupported(source: object, keys: Iterable[str] = (), model_type: obj
     """Refuse a source of an unsupported family, told from its tensor names or transformers' `model_type`.
 
     Raises:
-        CheckpointError: names the family, and the recipe or the adapter to use instead.
+        OtherRecipeError: the family has a recipe of its own.
+        CheckpointError: it cannot be converted; names it, and the adapter to use instead.
     """
     family = UNSUPPORTED_MODEL_TYPES.get(str(model_type)) or unsupported_family(keys)
     if family == "SegFormer":
-        raise CheckpointError(f"{source} is a SegFormer model: convert it with the recipe 'segformer'")
+        raise OtherRecipeError(f"{source} is a SegFormer model: convert it with the recipe 'segformer'", "segformer")
     if family is not None:
         raise CheckpointError(
             f"{source} is a {family} model: only plain ViTs with learned absolute positions are converted; "

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from .reading import CheckpointError, read_safetensors
 from .recipe import Plan, SourceCheckpoint
 
-__all__ = ["Verification", "quiet_transformers", "verify_checkpoint"]
+__all__ = ["Verification", "float_dtype", "quiet_transformers", "verify_checkpoint"]
 
 TOLERANCE = 1e-4
 RELATIVE_TOLERANCE = 1e-5
@@ -53,6 +53,11 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def float_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """The dtype that a checkpoint's weights share; counters are whole numbers."""
+    return next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+
+
 @torch.no_grad()
 def verify_checkpoint(
     folder: Path, plan: Plan, checkpoint: SourceCheckpoint, tensors: Mapping[str, torch.Tensor]
@@ -70,7 +75,7 @@ def verify_checkpoint(
     Raises:
         CheckpointError: the loaded model differs from the source.
     """
-    saved_dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())  # not a counter's
+    saved_dtype = float_dtype(tensors)
     dtype = torch.promote_types(saved_dtype, torch.float32)
     model = _load(folder, plan, tensors, dtype)
     cases: list[_Case] = []

@@ -34,6 +34,11 @@ def _one_of(*choices: str | None) -> Any:
     return check
 
 
+def _odd(value: int) -> None:
+    if value < 1 or value % 2 == 0:
+        raise ValueError(f"must be odd and above 0, got {value}")
+
+
 def _finite(value: float) -> None:
     if not math.isfinite(value):
         raise ValueError(f"must be finite, got {value}")
@@ -128,12 +133,17 @@ class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConf
         use_pooler_norm: whether a LayerNorm follows the pooling (`fc_norm` in timm and MAE).
         use_distillation_classifier: whether the distillation token has a classifier of its own, whose logits are
             averaged with the other's (distilled DeiT).
-        decoder_type: head of the segmentation model, "linear" or "mask_transformer".
-        decoder_num_layers: layers of the mask transformer.
-        decoder_num_attention_heads: its heads; None means one per 64 channels.
+        decoder_type: head of the segmentation model: "linear" or "mask_transformer" (Segmenter's), or
+            "progressive_upsampling" (SETR's PUP head, and its naive head with one layer and kernel size 1).
+        decoder_num_layers: layers of the mask transformer, or convolutions of progressive upsampling.
+        decoder_num_attention_heads: heads of the mask transformer; None means one per 64 channels.
         decoder_intermediate_size: width of its MLP; None means 4 * `hidden_size`.
         decoder_layer_norm_eps: epsilon of the head's LayerNorms; None means `layer_norm_eps`.
-        decoder_dropout_prob: dropout of its residual branches.
+        decoder_dropout_prob: dropout of the mask transformer's residual branches, or of whole channels before the
+            classifier of progressive upsampling.
+        decoder_hidden_size: channels of the convolutions of progressive upsampling; None means `hidden_size`.
+        decoder_kernel_size: side of their kernels, odd.
+        decoder_upscale: factor by which the map grows after each of them.
         logits_resize: where an image is no whole number of patches: "crop" resizes the logits to the padded image and
             cuts the padding off (Segmenter), "squeeze" resizes them straight to the image (mmsegmentation).
         semantic_loss_ignore_index: label value that the segmentation loss leaves out.
@@ -177,12 +187,17 @@ class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConf
     pooling: str | None = validated_field(_one_of("cls", "mean", "cls_mean", None), default=None)
     use_pooler_norm: bool = False
     use_distillation_classifier: bool = False
-    decoder_type: str = validated_field(_one_of("linear", "mask_transformer"), default="linear")
+    decoder_type: str = validated_field(
+        _one_of("linear", "mask_transformer", "progressive_upsampling"), default="linear"
+    )
     decoder_num_layers: int = validated_field(_at_least(1), default=2)
     decoder_num_attention_heads: int | None = validated_field(_at_least(1), default=None)
     decoder_intermediate_size: int | None = validated_field(_at_least(1), default=None)
     decoder_layer_norm_eps: float | None = None
     decoder_dropout_prob: float | int = 0.1
+    decoder_hidden_size: int | None = validated_field(_at_least(1), default=None)
+    decoder_kernel_size: int = validated_field(_odd, default=3)
+    decoder_upscale: int = validated_field(_at_least(1), default=2)
     logits_resize: str = validated_field(_one_of("crop", "squeeze"), default="crop")
     semantic_loss_ignore_index: int = 255
     palette: list[list[int]] | tuple[tuple[int, int, int], ...] | None = None

@@ -406,9 +406,9 @@ class AiluRusLinearHead(nn.Module):
         super().__init__()
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
-    def forward(self, patches: Tensor) -> Tensor:
-        """Patch tokens (batch_size, N, hidden_size) -> (batch_size, N, num_labels)."""
-        return self.classifier(patches)
+    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patch tokens (batch_size, N, hidden_size) -> logits (batch_size, num_labels, rows, columns)."""
+        return self.classifier(patches).transpose(1, 2).unflatten(2, grid)
 
 
 class AiluRusMaskTransformerHead(nn.Module):
@@ -436,8 +436,8 @@ class AiluRusMaskTransformerHead(nn.Module):
         self.class_projection = nn.Linear(size, size, bias=False)
         self.mask_norm = nn.LayerNorm(config.num_labels, eps=shape.layer_norm_eps)
 
-    def forward(self, patches: Tensor) -> Tensor:
-        """Patch tokens (batch_size, N, hidden_size) -> (batch_size, N, num_labels)."""
+    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patch tokens (batch_size, N, hidden_size) -> logits (batch_size, num_labels, rows, columns)."""
         num_patches = patches.shape[1]
         class_tokens = self.class_tokens.expand(patches.shape[0], -1, -1)
         hidden_states = torch.cat([self.projection(patches), class_tokens], dim=1)
@@ -446,16 +446,51 @@ class AiluRusMaskTransformerHead(nn.Module):
         hidden_states = self.layernorm(hidden_states)
         patches = F.normalize(self.patch_projection(hidden_states[:, :num_patches]), dim=-1)
         classes = F.normalize(self.class_projection(hidden_states[:, num_patches:]), dim=-1)
-        return self.mask_norm(patches @ classes.transpose(1, 2))
+        return self.mask_norm(patches @ classes.transpose(1, 2)).transpose(1, 2).unflatten(2, grid)
+
+
+class AiluRusProgressiveUpsamplingHead(nn.Module):
+    """SETR's decoders by upsampling (arXiv 2012.15840, section 3.2).
+
+    Convolutions alternate with bilinear upsampling: four 3 x 3 ones and factor 2 are progressive upsampling (PUP), a
+    single 1 x 1 one is the naive decoder.
+    """
+
+    def __init__(self, config: AiluRusConfig):
+        super().__init__()
+        size, kernel = config.decoder_hidden_size or config.hidden_size, config.decoder_kernel_size
+        widths = [config.hidden_size] + [size] * (config.decoder_num_layers - 1)
+        self.upscale = config.decoder_upscale
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.decoder_layer_norm_eps or config.layer_norm_eps)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(width, size, kernel, padding=kernel // 2, bias=False) for width in widths
+        )
+        self.batch_norms = nn.ModuleList(nn.BatchNorm2d(size) for _ in widths)
+        self.dropout = nn.Dropout2d(config.decoder_dropout_prob)
+        self.classifier = nn.Conv2d(size, config.num_labels, 1)
+
+    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patch tokens (batch_size, N, hidden_size) -> logits (batch_size, num_labels, rows', columns'), each side of
+        the grid times `decoder_upscale` per convolution."""
+        maps = self.layernorm(patches).transpose(1, 2).unflatten(2, grid)
+        for convolution, batch_norm in zip(self.convolutions, self.batch_norms, strict=True):
+            maps = F.relu(batch_norm(convolution(maps)))
+            size = (maps.shape[2] * self.upscale, maps.shape[3] * self.upscale)
+            maps = F.interpolate(maps, size=size, mode="bilinear")
+        return self.classifier(self.dropout(maps))
 
 
 class AiluRusForSemanticSegmentation(AiluRusPreTrainedModel):
-    """AiluRus encoder with one of Segmenter's two heads, see `config.decoder_type`."""
+    """AiluRus encoder with Segmenter's or SETR's head, see `config.decoder_type`."""
 
     def __init__(self, config: AiluRusConfig):
         super().__init__(config)
         self.ailurus = AiluRusModel(config)
-        heads = {"linear": AiluRusLinearHead, "mask_transformer": AiluRusMaskTransformerHead}
+        heads: dict[str, type[nn.Module]] = {
+            "linear": AiluRusLinearHead,
+            "mask_transformer": AiluRusMaskTransformerHead,
+            "progressive_upsampling": AiluRusProgressiveUpsamplingHead,
+        }
         self.decode_head = heads[config.decoder_type](config)
         self.post_init()
 
@@ -480,7 +515,7 @@ class AiluRusForSemanticSegmentation(AiluRusPreTrainedModel):
         height, width = pixel_values.shape[-2:]
         grid = self.config.patch_grid(height, width)
         patches = output.last_hidden_state[:, self.config.num_prefix_tokens :]
-        logits = self.decode_head(patches).transpose(1, 2).unflatten(2, grid)
+        logits = self.decode_head(patches, grid)
         size = (height, width)
         if self.config.logits_resize == "crop":
             # The padding that filled the last patches is upsampled with the rest and cut off, as in Segmenter.

@@ -1,12 +1,15 @@
 """The mmsegmentation recipe: names, settings read without running them, outputs of the original code."""
 
+import re
+from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from torch import nn
 
 from ailurus_hf import AiluRusConfig, AiluRusForSemanticSegmentation, AiluRusImageProcessor
 from ailurus_hf.conversion import CheckpointError, convert_checkpoint
@@ -116,6 +119,164 @@ class TestSettings:
         assert set(convert_checkpoint("mmseg", source, tmp_path / "out").dropped) == set(extra)
 
 
+SETR_CONFIG = """
+norm_cfg = dict(type='SyncBN', requires_grad=True)
+data = dict(type='SegDataPreProcessor', mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True)
+model = dict(
+    type='EncoderDecoder',
+    data_preprocessor=data,
+    backbone=dict(
+        type='VisionTransformer', img_size=(32, 48), patch_size=8, embed_dims=24, num_layers=3, num_heads=3,
+        out_indices=(0, 1, 2), drop_rate=0.1, norm_cfg=dict(type='LN', eps=1e-6), with_cls_token=True,
+        interpolate_mode='bilinear'),
+    decode_head=dict(
+        type='SETRUPHead', in_channels=24, channels=10, in_index=2, num_classes=4, dropout_ratio=0, norm_cfg=norm_cfg,
+        num_convs=NUM, up_scale=SCALE, kernel_size=KERNEL, align_corners=False),
+    auxiliary_head=[dict(type='SETRUPHead', in_channels=24, channels=10, in_index=0, num_classes=4)],
+    test_cfg=dict(mode='whole'))
+"""
+SETR_HEADS = {"naive": (1, 4, 1), "pup": (4, 2, 3)}
+
+
+class Setr(nn.Module):
+    """SETR made of torch's own layers, with mmsegmentation's names but for those inside a transformer layer."""
+
+    NAMES: ClassVar = {
+        "self_attn.": "attn.attn.", "linear1.": "ffn.layers.0.0.", "linear2.": "ffn.layers.1.", "norm1.": "ln1.",
+        "norm2.": "ln2.",
+    }  # fmt: skip
+
+    def __init__(self, num_convs: int, up_scale: int, kernel_size: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone, self.decode_head = nn.Module(), nn.Module()
+        self.backbone.cls_token = nn.Parameter(torch.randn(1, 1, 24))
+        self.backbone.pos_embed = nn.Parameter(torch.randn(1, 1 + 4 * 6, 24))
+        self.backbone.patch_embed = nn.ModuleDict({"projection": nn.Conv2d(3, 24, 8, 8)})
+        self.backbone.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(24, 3, 96, 0.0, "gelu", 1e-6, batch_first=True, norm_first=True)
+            for _ in range(3)
+        )
+        self.decode_head.norm = nn.LayerNorm(24, eps=1e-6)
+        self.decode_head.up_convs = nn.ModuleList()
+        for width in [24] + [10] * (num_convs - 1):
+            conv = nn.Conv2d(width, 10, kernel_size, padding="same", bias=False)
+            block = nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(10), activate=nn.ReLU()))
+            self.decode_head.up_convs.append(nn.Sequential(block, nn.UpsamplingBilinear2d(scale_factor=up_scale)))
+            self.decode_head.up_convs[-1][1].align_corners = False
+        self.decode_head.conv_seg = nn.Conv2d(10, 4, 1)
+        with torch.no_grad():
+            for name, tensor in self.state_dict().items():
+                if name.endswith("num_batches_tracked"):
+                    tensor.fill_(1234)
+                elif tensor.ndim == 1:
+                    tensor.add_(torch.rand_like(tensor) * 0.5)
+
+    def names(self) -> dict[str, torch.Tensor]:
+        tensors = {}
+        for key, tensor in self.state_dict().items():
+            for old, new in self.NAMES.items():
+                key = key.replace(old, new) if key.startswith("backbone.") else key
+            tensors[key] = tensor
+        auxiliary = {f"auxiliary_head.0.{key}": value for key, value in self.decode_head.state_dict().items()}
+        return tensors | auxiliary
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        height, width = images.shape[-2:]
+        maps = self.backbone.patch_embed["projection"](nn.functional.pad(images, (0, -width % 8, 0, -height % 8)))
+        grid, positions = maps.shape[-2:], self.backbone.pos_embed
+        if grid.numel() != 24:
+            old = positions[:, 1:].view(1, 4, 6, 24).permute(0, 3, 1, 2)
+            new = nn.functional.interpolate(old, size=grid, mode="bilinear").flatten(2).transpose(1, 2)
+            positions = torch.cat([positions[:, :1], new], dim=1)
+        tokens = torch.cat([self.backbone.cls_token.expand(len(images), -1, -1), maps.flatten(2).mT], dim=1) + positions
+        for layer in self.backbone.layers:
+            tokens = layer(tokens)
+        maps = self.decode_head.norm(tokens[:, 1:]).mT.unflatten(2, grid)
+        for step in self.decode_head.up_convs:
+            maps = step(maps)
+        return nn.functional.interpolate(self.decode_head.conv_seg(maps), size=(height, width), mode="bilinear")
+
+
+def write_setr(folder: Path, head: str, layout: str = "1.x", **changes: str) -> Setr:
+    """Write a SETR checkpoint; `changes` replaces `key=value` texts of its config by the values given."""
+    text = SETR_CONFIG
+    for name, value in zip(("NUM", "SCALE", "KERNEL"), SETR_HEADS[head], strict=True):
+        text = text.replace(name, str(value))
+    for key, value in changes.items():
+        text, count = re.subn(rf"\b{key}=(\([^)]*\)|[^,()]+)", f"{key}={value}", text, count=1)
+        assert count == 1
+    model = Setr(*SETR_HEADS[head]).eval()
+    names = ("a", "b", "c", "d")
+    meta = {"config": text, "CLASSES": names} if layout == "0.x" else {"cfg": text, "dataset_meta": {"classes": names}}
+    folder.mkdir()
+    torch.save({"meta": meta, "state_dict": model.names()}, folder / "setr.pth")
+    return model
+
+
+class TestSetr:
+    @pytest.mark.parametrize("layout", ["0.x", "1.x"])
+    @pytest.mark.parametrize("head", SETR_HEADS)
+    @torch.no_grad()
+    def test_logits(self, head: str, layout: str, tmp_path: Path) -> None:
+        source = write_setr(tmp_path / "source", head, layout)
+        report = convert_checkpoint("auto", tmp_path / "source", tmp_path / "out")
+        assert report.verification is not None
+        assert report.verification.largest_difference <= 1e-5
+        assert set(report.dropped) == {key for key in source.names() if key.startswith("auxiliary_head.")}
+        model = AiluRusForSemanticSegmentation.from_pretrained(tmp_path / "out", keep_ratio=1.0).eval()
+        for size in ((32, 48), (37, 59), (16, 8)):
+            images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+            assert (model(images).logits - source(images)).abs().max() <= 1e-5
+            assert (model(images).logits.std(dim=(2, 3)) > 1e-3).all()
+        model.config.keep_ratio = 0.3
+        assert model(images).logits.shape == (2, 4, 16, 8)
+        assert model.config.id2label == dict(enumerate("abcd"))
+        assert {int(norm.num_batches_tracked) for norm in model.decode_head.batch_norms} == {1234}
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_half_precision_and_new_settings(self, dtype: str, tmp_path: Path) -> None:
+        write_setr(tmp_path / "source", "pup")
+        report = convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "half", dtype=dtype)
+        assert report.dtype == dtype
+        convert_checkpoint("ailurus", tmp_path / "half", tmp_path / "out", keep_ratio=0.25)
+        saved = load_file(tmp_path / "out" / "model.safetensors")
+        assert {str(tensor.dtype) for tensor in saved.values()} == {f"torch.{dtype}", "torch.int64"}
+
+    @pytest.mark.parametrize(
+        "wrong", [{"decoder_layer_norm_eps": 1e-1}, {"position_interpolation": "bicubic"}, {"decoder_upscale": 3}]
+    )
+    def test_a_wrong_setting_is_caught(self, wrong: dict[str, Any], tmp_path: Path) -> None:
+        write_setr(tmp_path / "source", "pup")
+        with pytest.raises(CheckpointError, match="logits differ"):
+            convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out", **wrong)
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"in_index": "0"}, r"in_index must select the last layer of out_indices \(0, 1, 2\), got 0"),
+            ({"in_index": "(0, 2)"}, r"in_index must select the last layer"),
+            ({"out_indices": "(0, 1)"}, r"out_indices must name the last layer, 2, got \(0, 1\)"),
+            ({"out_indices": "(0, -1)"}, "out_indices must name the last layer"),
+            ({"align_corners": "True"}, "align_corners must be False"),
+            ({"num_convs": "2"}, r"missing 6 keys .*up_convs\.1\.0\.conv\.weight|unexpected"),
+            ({"num_convs": "0"}, "num_convs must be a whole number above 0, got 0"),
+            ({"up_scale": "1.5"}, "up_scale must be a whole number above 0, got 1.5"),
+            ({"kernel_size": "2"}, "kernel_size must be 1 or 3, got 2"),
+            ({"channels": "11"}, "wrong shape of decode_head"),
+            ({"dropout_ratio": "0, act_cfg=dict(type='GELU')"}, "act_cfg must be ReLU"),
+            ({"dropout_ratio": "0, norm_layer=dict(type='BN')"}, "norm_layer must be LN"),
+            ({"requires_grad": "True, eps=1e-3"}, "norm_cfg must be BN or SyncBN with eps 1e-05"),
+        ],
+    )
+    def test_refusals(self, changes: dict[str, str], said: str, tmp_path: Path) -> None:
+        write_setr(tmp_path / "source", "naive", **changes)
+        with pytest.raises(CheckpointError, match=said) as caught:
+            convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
+        assert "\n" not in str(caught.value)
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 class TestKeys:
     @pytest.mark.parametrize(
         ("source", "targets"),
@@ -176,10 +337,12 @@ class TestRefusals:
         ("changes", "said"),
         [
             ({"type='VisionTransformer'": "type='SwinTransformer'"}, "got 'SwinTransformer'; .*apply_ailurus"),
-            ({"type='SegmenterMaskTransformerHead'": "type='SETRUPHead'"}, "got 'SETRUPHead'"),
+            ({"type='SegmenterMaskTransformerHead'": "type='SETRMLAHead'"}, "got 'SETRMLAHead'"),
             ({"type='SegmenterMaskTransformerHead'": "type='UPerHead'"}, "got 'UPerHead'"),
             ({"with_cls_token=True": "with_cls_token=False"}, "with_cls_token must be True"),
-            ({"final_norm=True": "final_norm=True, out_indices=(0, 1)"}, "out_indices must name the last layer"),
+            ({"final_norm=True": "final_norm=True, out_indices=(0,)"}, "out_indices must name the last layer"),
+            ({"final_norm=True": "final_norm=True, out_indices=-2"}, "out_indices must name the last layer"),
+            ({"final_norm=True": "final_norm=True, out_origin=True"}, "out_origin must be False"),
             ({"mode='bicubic'": "mode='nearest'"}, "interpolate_mode must be one of"),
             ({"num_classes=6": "num_classes=7"}, r"wrong shape of decode_head\.cls_emb"),
             ({"num_classes=6": "num_classes='6'"}, "num_classes must be a whole number"),

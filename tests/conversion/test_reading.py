@@ -129,6 +129,11 @@ def test_yaml_that_is_not_text() -> None:
     assert "v.yml" in refused(lambda: read_yaml(Path("v.yml")))
 
 
+def test_counters_of_batch_norms_are_whole_numbers() -> None:
+    tensors = {"bn.num_batches_tracked": torch.tensor(3)}
+    assert state_dict_of({"model": tensors}, Path("x"), "model") == tensors
+
+
 def test_state_dict_is_the_entry_or_the_whole() -> None:
     tensors = {"a": torch.ones(1)}
     assert state_dict_of({"model": tensors, "epoch": 1}, Path("x"), "model") == tensors
@@ -147,6 +152,7 @@ def test_state_dict_is_the_entry_or_the_whole() -> None:
         ({"model": {"a": 1}}, "a must be a tensor, got int"),
         ({"model": {1: torch.ones(1)}}, "names must be strings"),
         ({"model": {"a": torch.ones(1, dtype=torch.int64)}}, "floating-point"),
+        ({"model": {"bn.num_batches_tracked": torch.ones(1, dtype=torch.bool)}}, "floating-point"),
         ({"model": {"a": torch.ones(2, 2).to_sparse()}}, "dense"),
         ({"model": {"a": torch.ones(1, device="meta")}}, "dense"),
     ],

@@ -37,6 +37,7 @@ VARIANTS = {
     "tail": {"tail_layers": 1},
     "cluster the embeddings": {"cluster_layer": 0},
     "mask transformer": {"decoder_type": "mask_transformer"},
+    "progressive upsampling": {"decoder_type": "progressive_upsampling", "decoder_hidden_size": 12},
 }
 
 
@@ -311,8 +312,9 @@ def test_gradient_checkpointing_gives_the_same_gradients_grad(reentrant):
         torch.testing.assert_close(checkpointed[name], gradient, rtol=0, atol=0, msg=name)
 
 
-def test_every_parameter_gets_a_gradient_grad():
-    settings = {**VARIANTS["mask transformer"], "num_register_tokens": 2, "layerscale_value": 0.1}
+@pytest.mark.parametrize("head", ["mask transformer", "progressive upsampling"])
+def test_every_parameter_gets_a_gradient_grad(head):
+    settings = {**VARIANTS[head], "num_register_tokens": 2, "layerscale_value": 0.1}
     model = tiny_model(AiluRusForSemanticSegmentation, keep_ratio=0.3, **settings)
     model(random_images(), labels=torch.zeros(2, 48, 48, dtype=torch.int64)).loss.backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
@@ -378,7 +380,7 @@ def test_logits_squeezed_to_the_image():
     model = tiny_model(AiluRusForSemanticSegmentation, keep_ratio=1)
     images = random_images(1, 45, 50)
     states = model.ailurus(images).last_hidden_state[:, 1:]
-    maps = model.decode_head(states).transpose(1, 2).unflatten(2, (6, 7))
+    maps = model.decode_head(states, (6, 7))
     model.config.logits_resize = "squeeze"
     expected = torch.nn.functional.interpolate(maps, size=(45, 50), mode="bilinear")
     assert torch.equal(model(images).logits, expected)
@@ -388,6 +390,36 @@ def test_logits_squeezed_to_the_image():
     cropped = model(whole).logits
     model.config.logits_resize = "squeeze"
     assert torch.equal(model(whole).logits, cropped)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "kernel_size", "upscale"), [(1, 1, 4), (4, 3, 2), (2, 5, 3), (1, 3, 1)], ids=str
+)
+def test_progressive_upsampling_against_its_formulas(num_layers, kernel_size, upscale):
+    """On a grid of 5 x 7; the first two are SETR's naive and PUP heads."""
+    settings = {"decoder_num_layers": num_layers, "decoder_kernel_size": kernel_size, "decoder_upscale": upscale}
+    model = tiny_model(
+        AiluRusForSemanticSegmentation, keep_ratio=1, logits_resize="squeeze", decoder_layer_norm_eps=1e-2,
+        decoder_type="progressive_upsampling", decoder_hidden_size=12, **settings,
+    )  # fmt: skip
+    head, images = model.decode_head, random_images(2, 37, 50)
+    for batch_norm in head.batch_norms:
+        batch_norm.running_mean.uniform_(-1, 1)
+        batch_norm.running_var.uniform_(0.5, 2)
+    tokens = model.ailurus(images).last_hidden_state[:, 1:]
+    tokens = (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, correction=0, keepdim=True) + 1e-2).sqrt()
+    maps = (tokens * head.layernorm.weight + head.layernorm.bias).view(2, 5, 7, 32).permute(0, 3, 1, 2)
+    for convolution, norm in zip(head.convolutions, head.batch_norms, strict=True):
+        reach = kernel_size // 2
+        windows = torch.nn.functional.pad(maps, (reach,) * 4).unfold(2, kernel_size, 1).unfold(3, kernel_size, 1)
+        maps = torch.einsum("bcyxij,ocij->boyx", windows, convolution.weight)
+        mean, deviation = norm.running_mean.view(-1, 1, 1), (norm.running_var + 1e-5).sqrt().view(-1, 1, 1)
+        maps = (maps - mean) / deviation * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+        maps = torch.nn.functional.interpolate(maps.clamp(min=0), scale_factor=float(upscale), mode="bilinear")
+    maps = torch.einsum("bcyx,oc->boyx", maps, head.classifier.weight[:, :, 0, 0]) + head.classifier.bias.view(-1, 1, 1)
+    assert maps.shape == (2, 5, 5 * upscale**num_layers, 7 * upscale**num_layers)
+    expected = torch.nn.functional.interpolate(maps, size=(37, 50), mode="bilinear")
+    torch.testing.assert_close(model(images).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_stochastic_depth_acts_in_training_only():
@@ -406,8 +438,9 @@ def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
     assert torch.equal(drop.eval()(branch), branch)
 
 
-@pytest.mark.parametrize("variant", ["plain", "tail", "mask transformer"])
+@pytest.mark.parametrize("variant", ["plain", "tail", "mask transformer", "progressive upsampling"])
 def test_compiles_into_one_graph_for_every_batch_size(variant):
+    torch.compiler.reset()  # the limit of compilations counts those of earlier tests
     model = tiny_model(AiluRusForSemanticSegmentation, keep_ratio=0.2, **VARIANTS[variant])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for batch_size in (1, 2, 3):
@@ -418,6 +451,7 @@ def test_compiles_into_one_graph_for_every_batch_size(variant):
 
 
 def test_compiles_with_hidden_states_and_gradients_grad():
+    torch.compiler.reset()
     model, images = tiny_model(AiluRusForSemanticSegmentation, keep_ratio=0.3), random_images()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     labels = torch.zeros(2, 48, 48, dtype=torch.int64)
