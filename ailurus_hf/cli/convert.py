@@ -45,7 +45,7 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="that of the source")
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", "--shards", help="Largest weight file.")] = "5GB",
     labels: Annotated[
         Path | None,
         typer.Option(
