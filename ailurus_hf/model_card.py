@@ -1,11 +1,12 @@
 """The model card (`README.md`) of a saved AiluRus checkpoint."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-__all__ = ["AILURUS_CITATION", "CardSource", "build_model_card"]
+__all__ = ["AILURUS_CITATION", "CardResult", "CardSource", "build_model_card"]
 
 PROJECT_TAGS = ["ailurus", "vision-transformer", "token-reduction"]
 TASKS = {
@@ -49,6 +50,21 @@ class CardSource:
     recipe: str = ""
 
 
+@dataclass(frozen=True)
+class CardResult:
+    """Quality at one budget.
+
+    Args:
+        keep_ratio: share of tokens kept; 1 is dense.
+        mean_iou: mean intersection over union, 0 to 1.
+        pixel_accuracy: share of right pixels, 0 to 1.
+    """
+
+    keep_ratio: float
+    mean_iou: float
+    pixel_accuracy: float
+
+
 def build_model_card(
     config: Any,
     *,
@@ -57,8 +73,11 @@ def build_model_card(
     model_class: str = "AiluRusForSemanticSegmentation",
     remote_code: bool = False,
     repo: str = "path/to/this/folder",
+    dataset: str = "unknown",
+    results: Sequence[CardResult] = (),
+    training: Mapping[str, Any] | None = None,
 ) -> ModelCard:
-    """Build the model card of a checkpoint: what it is, its budget, how to load it, licence and citation.
+    """Build the model card of a checkpoint: what it is, its budget, results, how to load it, licence and citation.
 
     Args:
         config: the model's configuration.
@@ -67,17 +86,55 @@ def build_model_card(
         model_class: public name of the model class.
         remote_code: whether the folder carries the model's code, for loading without this package.
         repo: name or path shown in the loading example.
+        dataset: name of the data set that the results were measured on.
+        results: quality at one or several budgets, also listed in the card's metadata.
+        training: settings of the training run, name -> value.
     """
-    task, _ = TASKS[model_class]
-    data = ModelCardData(license=license, library_name="transformers", pipeline_tag=task, tags=PROJECT_TAGS)
+    task = TASKS[model_class][0] if model_class in TASKS else "image-segmentation"
+    data = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=PROJECT_TAGS,
+        model_name=repo if results else None,
+        eval_results=_metadata(results, task, dataset),
+    )
     sections = [
         f"# {_title(source, model_class)}",
         _description(config, source),
+        *([f"## Results\n\n{_result_table(results, dataset)}"] if results else []),
+        *([f"## Training\n\n{_settings_list(training)}"] if training else []),
         f"## How to load it\n\n{_usage(model_class, remote_code, repo)}",
         f"## Licence\n\n{_licence(license, source)}",
         f"## Citation\n\n{_citations(source)}",
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def _metadata(results: Sequence[CardResult], task: str, dataset: str) -> list[EvalResult] | None:
+    """The results in the form that the Hub reads."""
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset.lower().replace(" ", "-"),
+            dataset_name=dataset,
+            metric_type=kind,
+            metric_name=f"{name} (keep_ratio {result.keep_ratio:g})",
+            metric_value=round(getattr(result, kind), 4),
+        )
+        for result in results
+        for kind, name in (("mean_iou", "Mean IoU"), ("pixel_accuracy", "Pixel accuracy"))
+    ] or None
+
+
+def _result_table(results: Sequence[CardResult], dataset: str) -> str:
+    rows = [f"On {dataset}:", "", "| keep_ratio | mean IoU | pixel accuracy |", "|---|---|---|"]
+    rows += [f"| {result.keep_ratio:g} | {result.mean_iou:.4f} | {result.pixel_accuracy:.4f} |" for result in results]
+    return "\n".join(rows)
+
+
+def _settings_list(training: Mapping[str, Any]) -> str:
+    return "\n".join(f"- {name}: {value}" for name, value in training.items())
 
 
 def _title(source: CardSource | None, model_class: str) -> str:

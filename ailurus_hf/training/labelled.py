@@ -1,0 +1,89 @@
+"""What every source of training and evaluation data gives: a picture with the class of each pixel."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+__all__ = ["LabelRule", "LabelledImage"]
+
+
+class LabelledImage(NamedTuple):
+    """A picture and its label map.
+
+    Attributes:
+        image: RGB picture.
+        labels: (height, width) int64, class of every pixel, or the ignore index.
+        name: what to call the sample in messages, such as the path of its label file.
+    """
+
+    image: Image.Image
+    labels: np.ndarray
+    name: str
+
+
+class LabelRule:
+    """How the numbers in label files become classes.
+
+    Args:
+        num_labels: number of classes; None leaves the values unchecked.
+        ignore_index: value of pixels that do not count, in the result and, unless reduced or mapped, in the files.
+        reduce_labels: subtract 1 from every value and turn 0 into `ignore_index`: for data sets, such as ADE20K, whose
+            label 0 is no class.
+        label_ids: value in the files -> class, for data sets, such as Cityscapes, whose files number more than the
+            classes; values that it does not name become `ignore_index`.
+
+    Raises:
+        ValueError: `reduce_labels` together with `label_ids`, or `ignore_index` is one of the classes.
+    """
+
+    def __init__(
+        self,
+        num_labels: int | None = None,
+        ignore_index: int = 255,
+        reduce_labels: bool = False,
+        label_ids: Mapping[int, int] | None = None,
+    ) -> None:
+        if reduce_labels and label_ids is not None:
+            raise ValueError("reduce_labels and label_ids both renumber the labels; give one of them")
+        if num_labels is not None and 0 <= ignore_index < num_labels:
+            raise ValueError(f"ignore_index must not be one of the {num_labels} classes, got {ignore_index}")
+        self.num_labels = num_labels
+        self.ignore_index = ignore_index
+        self.reduce_labels = reduce_labels
+        self.label_ids = dict(label_ids) if label_ids is not None else None
+
+    def __call__(self, labels: np.ndarray, name: str) -> np.ndarray:
+        """Classes of a label map (height, width) of integers, as int64.
+
+        Raises:
+            ValueError: a value is neither a class nor `ignore_index`; the message names the sample.
+        """
+        labels = labels.astype(np.int64)
+        if self.label_ids is not None:
+            labels = self._mapped(labels)
+        elif self.reduce_labels:
+            nothing = (labels == 0) | (labels == self.ignore_index)
+            labels = np.where(nothing, self.ignore_index, labels - 1)
+        self._check(labels, name)
+        return labels
+
+    def _mapped(self, labels: np.ndarray) -> np.ndarray:
+        values, positions = np.unique(labels, return_inverse=True)
+        assert self.label_ids is not None
+        classes = np.array([self.label_ids.get(int(value), self.ignore_index) for value in values], dtype=np.int64)
+        return classes[positions].reshape(labels.shape)
+
+    def _check(self, labels: np.ndarray, name: str) -> None:
+        if self.num_labels is None:
+            return
+        values = np.unique(labels)
+        wrong = values[(values != self.ignore_index) & ((values < 0) | (values >= self.num_labels))]
+        if wrong.size:
+            shown = ", ".join(map(str, wrong[:5])) + (" ..." if wrong.size > 5 else "")
+            raise ValueError(
+                f"{name} has labels outside the classes: {shown}; allowed are 0 to {self.num_labels - 1} and "
+                f"ignore_index={self.ignore_index}. Set num_labels, ignore_index, or reduce_labels for files whose "
+                "label 0 is no class"
+            )

@@ -1,0 +1,253 @@
+"""`transformers.Trainer` for semantic segmentation: exact loss, streamed metrics, another budget for evaluation."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..budget import keep_ratio_of, temporary_keep_ratio
+from ..evaluation import ConfusionMatrix
+from ..model_card import CardResult, build_model_card
+from .dataset import SegmentationCollator
+from .loss import SegmentationLoss
+from .optimization import layerwise_parameter_groups
+
+__all__ = ["SegmentationTrainer", "check_resume"]
+
+SHOWN = 3
+
+
+class SegmentationTrainer(Trainer):
+    """`transformers.Trainer` with what semantic segmentation needs.
+
+    - The loss of a step is the mean over all its counted pixels, however they are spread over gradient accumulation and
+      processes. Trainer alone takes the mean of the micro-batches' means, or divides twice.
+    - Evaluation turns every picture into counts at once, so that pictures of any sizes can be evaluated by any number
+      of processes, exactly, and no logits or label maps are kept. Metrics: `mean_iou`, `pixel_accuracy`, and the
+      `keep_ratio` they were measured at.
+    - Training views follow the epoch, see `SegmentationDataset.set_epoch`, and a run is resumed only from a checkpoint
+      of the same architecture.
+    - `create_model_card` and `push_to_hub` write the results.
+
+    Args:
+        model: a semantic-segmentation model of this package, or one changed by `apply_ailurus`.
+        args: `TrainingArguments`.
+        loss: by default cross entropy with the model's `semantic_loss_ignore_index`.
+        eval_keep_ratio: share of tokens kept in evaluation; None evaluates as the model stands. Assign to it to
+            evaluate at another one.
+        layer_decay: see `layerwise_parameter_groups`; 1 leaves the optimizer to Trainer.
+        kwargs: for `Trainer`, such as `train_dataset`, `eval_dataset`, `processing_class`, `callbacks`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: Any,
+        *,
+        loss: SegmentationLoss | None = None,
+        eval_keep_ratio: float | None = None,
+        layer_decay: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        loss = loss or SegmentationLoss(getattr(model.config, "semantic_loss_ignore_index", 255))
+        self.segmentation_loss = loss
+        self.eval_keep_ratio = eval_keep_ratio
+        args.batch_eval_metrics = True  # counts are added up batch by batch
+        if layer_decay != 1:
+            optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+            groups = layerwise_parameter_groups(model, args.learning_rate, args.weight_decay, layer_decay)
+            kwargs["optimizer_cls_and_kwargs"] = (optimizer, {**settings, "params": groups})
+        kwargs.setdefault("data_collator", SegmentationCollator(loss.ignore_index))
+        kwargs.setdefault("compute_metrics", _RunningCounts(self))
+        super().__init__(model, args, compute_loss_func=loss, **kwargs)
+        self.add_callback(_EpochOfViews())
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`.
+
+        Raises:
+            ValueError: the checkpoint's tensors are not those of the model.
+            FileNotFoundError: True, but there is no checkpoint in the output folder.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise FileNotFoundError(f"{self.args.output_dir} holds no checkpoint to resume from")
+        if resume_from_checkpoint:
+            check_resume(str(resume_from_checkpoint), self.accelerator.unwrap_model(self.model))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The step's micro-batches, and what their losses are divided by: see `SegmentationLoss`."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not samples:
+            return samples, None
+        total = sum(self.segmentation_loss.total_weight(sample["labels"]) for sample in samples)
+        total = torch.as_tensor(total, dtype=torch.float32, device=self.args.device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            total = self.accelerator.reduce(total)
+        return samples, total
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """As in `Trainer`; in evaluation the mean over the batch, whose pixels Trainer would count by another rule."""
+        if not model.training:
+            num_items_in_batch = None
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Loss, and for each picture its (num_labels, num_labels) counts and how many pixels count."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        counts = self._counts(outputs.logits, labels)
+        return loss.detach(), counts, counts.sum((1, 2))
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`, at `eval_keep_ratio`."""
+        with temporary_keep_ratio(self.accelerator.unwrap_model(self.model), self.eval_keep_ratio):
+            return super().evaluation_loop(*args, **kwargs)
+
+    def create_model_card(
+        self, license: str | None = None, model_name: str | None = None, dataset: Any = None, **kwargs: Any
+    ) -> None:
+        """Write `README.md` with the latest evaluation at every budget.
+
+        Args:
+            license: of the weights, an identifier that the Hub knows.
+            model_name: title and repository name.
+            dataset: name of the data set.
+            kwargs: further arguments of `Trainer.create_model_card`, not used.
+        """
+        if not self.is_world_process_zero():
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        base = getattr(model, "base_model", model) if hasattr(model, "peft_config") else model
+        base = getattr(base, "model", base) if hasattr(model, "peft_config") else base
+        card = build_model_card(
+            base.config,
+            license=license or "unknown",
+            model_class=type(base).__name__,
+            repo=model_name or Path(self.args.output_dir).name,
+            dataset=str(dataset or "unknown"),
+            results=_latest_results(self.state.log_history),
+            training=self._training_summary(),
+        )
+        card.save(os.path.join(self.args.output_dir, "README.md"))
+
+    def _counts(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """(B, num_labels, H, W) logits -> (B, num_labels, num_labels) counts."""
+        counts = []
+        for prediction, truth in zip(logits.argmax(1), labels, strict=True):
+            matrix = ConfusionMatrix(logits.shape[1], self.segmentation_loss.ignore_index)
+            matrix.update(prediction, truth)
+            counts.append(matrix.counts.to(labels.device))
+        return torch.stack(counts)
+
+    def _training_summary(self) -> dict[str, Any]:
+        args = self.args
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return {
+            "steps": self.state.global_step,
+            "pictures per step": batch,
+            "learning rate": args.learning_rate,
+            "weight decay": args.weight_decay,
+            "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+            "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+            "seed": args.seed,
+        }
+
+
+class _RunningCounts:
+    """`compute_metrics` of a trainer: adds up the pictures' counts until asked for the result."""
+
+    def __init__(self, trainer: SegmentationTrainer) -> None:
+        self.trainer = trainer
+        self.counts: Tensor | None = None
+
+    def __call__(self, prediction: Any, compute_result: bool) -> dict[str, float]:
+        counts = torch.as_tensor(prediction.predictions).sum(0).cpu()
+        self.counts = counts if self.counts is None else self.counts + counts
+        if not compute_result:
+            return {}
+        matrix = ConfusionMatrix(len(self.counts), self.trainer.segmentation_loss.ignore_index)
+        matrix.counts, self.counts = self.counts, None
+        return {
+            "mean_iou": matrix.mean_iou(),
+            "pixel_accuracy": matrix.pixel_accuracy(),
+            "keep_ratio": keep_ratio_of(self.trainer.accelerator.unwrap_model(self.trainer.model)),
+        }
+
+
+class _EpochOfViews(TrainerCallback):
+    """Tells the training data which epoch begins.
+
+    accelerate does so for one process only: with several it stops at the sampler (accelerate 1.15,
+    `DataLoaderShard.set_epoch`).
+    """
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        dataset = getattr(train_dataloader, "dataset", None)
+        if dataset is not None and hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(int(state.epoch or 0))
+
+
+def _latest_results(history: list[dict[str, Any]]) -> list[CardResult]:
+    """The last evaluation at every budget, dense first."""
+    found: dict[float, CardResult] = {}
+    for entry in history:
+        prefixes = [key.removesuffix("_mean_iou") for key in entry if key.endswith("_mean_iou")]
+        for prefix in prefixes:
+            ratio = entry.get(f"{prefix}_keep_ratio", 1.0)
+            found[ratio] = CardResult(ratio, entry[f"{prefix}_mean_iou"], entry[f"{prefix}_pixel_accuracy"])
+    return [found[ratio] for ratio in sorted(found, reverse=True)]
+
+
+def check_resume(checkpoint: str | Path, model: Any) -> None:
+    """Check that a checkpoint of a training run was made by a model of this architecture.
+
+    Only names and shapes are read. Adapters of peft, which peft checks itself, and sharded states pass.
+
+    Args:
+        checkpoint: folder with `model.safetensors`, or shards of it.
+        model: the model that is to go on.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        ValueError: tensors are missing, unexpected or of another shape; the message names some.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; expected a checkpoint of a training run")
+    stored: dict[str, tuple[int, ...]] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            stored |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if not stored or stored == expected:
+        return
+    names = [name for name in sorted(stored | expected) if stored.get(name) != expected.get(name)]
+    shown = "; ".join(f"{name} is {_shape(stored, name)}, here {_shape(expected, name)}" for name in names[:SHOWN])
+    raise ValueError(
+        f"{folder} was made by another architecture: {len(names)} tensors differ ({shown}). Resume with the model and "
+        "the settings that it was made with, or start a new run in another folder"
+    )
+
+
+def _shape(shapes: dict[str, tuple[int, ...]], name: str) -> str:
+    return str(shapes[name]) if name in shapes else "absent"
