@@ -103,8 +103,8 @@ class SegmentationAugmentation:
     def _balanced(self, labels: np.ndarray, ignore_index: int) -> bool:
         if self.max_class_share >= 1:
             return True
-        counts = np.unique(labels[labels != ignore_index], return_counts=True)[1]
-        return len(counts) > 1 and counts.max() < self.max_class_share * counts.sum()
+        counts = np.bincount(labels[labels != ignore_index])
+        return bool(counts.size) and counts.max() <= self.max_class_share * counts.sum()
 
     def _recolour(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """Each change in half of the views; contrast before or after the colours, as in mmsegmentation."""

@@ -57,9 +57,12 @@ class SegmentationDataset(Dataset[dict[str, torch.Tensor]]):
         """`pixel_values` (3, height, width) float32 and `labels` (height, width) int64.
 
         Raises:
+            IndexError: there is no such sample.
             ImageFileError: a file is damaged and `skip_unreadable` is False, or no sample can be read at all.
             ValueError: labels outside the classes, or of another size than the picture.
         """
+        if not 0 <= index < len(self):
+            raise IndexError(f"index must be from 0 to {len(self) - 1}, got {index}")
         sample = self._read(index)
         image, labels = sample.image, sample.labels
         settings: dict[str, Any] = {"do_reduce_labels": False}  # the source has done it

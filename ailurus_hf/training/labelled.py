@@ -70,17 +70,18 @@ class LabelRule:
         return labels
 
     def _mapped(self, labels: np.ndarray) -> np.ndarray:
-        values, positions = np.unique(labels, return_inverse=True)
         assert self.label_ids is not None
-        classes = np.array([self.label_ids.get(int(value), self.ignore_index) for value in values], dtype=np.int64)
-        return classes[positions].reshape(labels.shape)
+        table = np.full(max(labels.max(initial=0), *self.label_ids, 0) + 1, self.ignore_index, dtype=np.int64)
+        for value, label in self.label_ids.items():
+            table[value] = label
+        return np.where(labels < 0, self.ignore_index, table[labels])
 
     def _check(self, labels: np.ndarray, name: str) -> None:
         if self.num_labels is None:
             return
-        values = np.unique(labels)
-        wrong = values[(values != self.ignore_index) & ((values < 0) | (values >= self.num_labels))]
-        if wrong.size:
+        outside = ((labels < 0) | (labels >= self.num_labels)) & (labels != self.ignore_index)
+        if outside.any():
+            wrong = np.unique(labels[outside])
             shown = ", ".join(map(str, wrong[:5])) + (" ..." if wrong.size > 5 else "")
             raise ValueError(
                 f"{name} has labels outside the classes: {shown}; allowed are 0 to {self.num_labels - 1} and "

@@ -1,0 +1,215 @@
+"""Trainer for segmentation: the loss under accumulation, exact evaluation, resuming, budgets, adapters, the card."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback, TrainingArguments
+
+from ailurus_hf import AiluRusForSemanticSegmentation, AiluRusImageProcessor
+from ailurus_hf.evaluation import ConfusionMatrix
+from ailurus_hf.training import (
+    KeepRatioSchedule,
+    SegmentationAugmentation,
+    SegmentationDataset,
+    SegmentationTrainer,
+    check_resume,
+    open_layout,
+)
+from tests.factories import tiny_model
+from tests.training.files import IGNORE, NUM_LABELS, labelled_picture, write_camvid, write_labels
+
+PROCESSOR = AiluRusImageProcessor()
+
+
+def network(**overrides):
+    settings = {"num_labels": NUM_LABELS, "semantic_loss_ignore_index": IGNORE, "cluster_layer": 1, **overrides}
+    return tiny_model(AiluRusForSemanticSegmentation, **settings)
+
+
+def trainer_for(root, model, output="run", views=(24, 32), callbacks=None, trainer=None, **settings):
+    train, val = open_layout(root)
+    augmentation = SegmentationAugmentation(views) if views else None
+    defaults = {
+        "max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1, "use_cpu": True,
+        "per_device_eval_batch_size": 1, "report_to": "none", "disable_tqdm": True, "seed": 3, "save_strategy": "no",
+    }  # fmt: skip
+    return SegmentationTrainer(
+        model,
+        TrainingArguments(str(root / output), **{**defaults, **settings}),
+        train_dataset=SegmentationDataset(train, PROCESSOR, augmentation, IGNORE),
+        eval_dataset=SegmentationDataset(val, PROCESSOR, ignore_index=IGNORE),
+        callbacks=callbacks,
+        **(trainer or {}),
+    )
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_camvid(tmp_path_factory.mktemp("data"), train=8)
+
+
+def weights(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def test_training_lowers_the_loss(data):
+    trainer = trainer_for(data, network(), max_steps=40, learning_rate=3e-3)
+    trainer.train()
+    assert np.mean(losses(trainer)[-5:]) < 0.7 * np.mean(losses(trainer)[:5])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_accumulated_steps_equal_large_batches(data, weighted):
+    """Though each picture has another number of ignored pixels."""
+    found = []
+    for size, accumulation in ((8, 1), (2, 4), (1, 8)):
+        trainer = trainer_for(
+            data, network(), max_steps=3, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
+            learning_rate=1e-2, optim="sgd", max_grad_norm=0.0,
+        )  # fmt: skip
+        if weighted:
+            trainer.segmentation_loss.weight = torch.tensor([1.0, 3.0, 0.2, 1.0])
+        trainer.train()
+        found.append((losses(trainer), weights(trainer.model)))
+    for other_losses, other_weights in found[1:]:
+        assert other_losses == pytest.approx(found[0][0], rel=1e-4)
+        torch.testing.assert_close(other_weights, found[0][1], rtol=1e-4, atol=1e-6)
+
+
+class StopAt(TrainerCallback):
+    """As if the process were killed after a step that was not saved."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_resumed_run_has_the_same_curve(data, tmp_path, accumulation):
+    """With everything that is random: views, order, dropout; killed in the middle of the second epoch."""
+    settings = {
+        "max_steps": 9, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": accumulation,
+        "trainer": {"layer_decay": 0.8},
+    }  # fmt: skip
+    make = {"hidden_dropout_prob": 0.1}
+    schedule = [KeepRatioSchedule([(0, 1.0), (0.5, 0.25)])]
+    straight = trainer_for(data, network(**make), tmp_path / "straight", callbacks=schedule, **settings)
+    straight.train()
+    killed = trainer_for(data, network(**make), tmp_path / "killed", callbacks=[*schedule, StopAt(7)], **settings)
+    killed.train()
+    # What the stop saved after the last regular checkpoint is not there after a kill.
+    shutil.rmtree(tmp_path / "killed" / "checkpoint-7", ignore_errors=True)
+    resumed = trainer_for(data, network(seed=9, **make), tmp_path / "killed", callbacks=schedule, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(losses(resumed)) == 9
+    assert losses(resumed) == losses(straight)
+    assert torch.equal(weights(resumed.model), weights(straight.model))
+
+
+def test_resuming_needs_a_checkpoint_of_the_same_architecture(data, tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        trainer_for(data, network(), tmp_path / "none").train(resume_from_checkpoint=True)
+    first = trainer_for(data, network(), tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1)
+    first.train()
+    other = trainer_for(data, network(hidden_size=16), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"another architecture: \d+ tensors differ \(.* is \(.*\), here \(.*\)"):
+        other.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="is absent, here"):
+        check_resume(tmp_path / "run" / "checkpoint-1", network(num_register_tokens=1))
+    with pytest.raises(FileNotFoundError, match="expected a checkpoint of a training run"):
+        check_resume(tmp_path / "nowhere", first.model)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_evaluation_equals_a_loop(data, tmp_path, batch_size):
+    """Also for pictures of different sizes, when they are evaluated one by one."""
+    root = shutil.copytree(data, tmp_path / "data")
+    if batch_size == 1:
+        image, labels = labelled_picture(7, 33, 70)
+        image.save(root / "val" / "images" / "009.png")
+        write_labels(root / "val" / "labels" / "009.png", labels)
+    trainer = trainer_for(root, network(), per_device_eval_batch_size=batch_size)
+    for ratio in (1.0, 0.25):
+        trainer.eval_keep_ratio = ratio
+        metrics = trainer.evaluate()
+        matrix = ConfusionMatrix(NUM_LABELS, IGNORE)
+        model = network(keep_ratio=ratio)
+        for sample in trainer.eval_dataset:
+            matrix.update(model(sample["pixel_values"][None]).logits.argmax(1)[0], sample["labels"])
+        assert metrics["eval_mean_iou"] == matrix.mean_iou()
+        assert metrics["eval_pixel_accuracy"] == matrix.pixel_accuracy()
+        assert metrics["eval_keep_ratio"] == ratio
+    assert trainer.model.config.keep_ratio == 0.5
+
+
+@pytest.mark.parametrize("settings", [{"bf16": True}, {"gradient_checkpointing": True}, {"torch_compile": False}])
+def test_training_modes(data, settings):
+    plain = trainer_for(data, network())
+    plain.train()
+    changed = trainer_for(data, network(), **settings)
+    changed.train()
+    tolerance = 0.05 if "bf16" in settings else 1e-5
+    assert losses(changed) == pytest.approx(losses(plain), rel=tolerance)
+
+
+def test_lora_trains_adapters_in_the_encoder_alone(data, tmp_path):
+    """Only the adapters and the head change; the adapters are what is saved."""
+    model = network()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["decode_head"])
+    adapted = get_peft_model(model, config)
+    trainer = trainer_for(
+        data, adapted, tmp_path / "lora", learning_rate=1e-2, trainer={"eval_keep_ratio": 0.25},
+        callbacks=[KeepRatioSchedule([(0, 1.0), (0.5, 0.5)])],
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.evaluate()["eval_keep_ratio"] == 0.25
+    frozen = {name.replace(".base_layer", ""): p for name, p in adapted.named_parameters() if "ailurus" in name}
+    changed = [name for name, parameter in frozen.items() if "lora" in name and parameter.abs().max() > 0]
+    assert len(changed) == 4 * 2 * 2  # layers, projections, A and B
+    for name, parameter in frozen.items():
+        if "lora" not in name:
+            assert torch.equal(parameter, before[name.removeprefix("base_model.model.")]), name
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    trainer.save_model()
+    trainer.create_model_card(dataset="Blocks")
+    saved = sum(file.stat().st_size for file in (tmp_path / "lora").glob("adapter_model.safetensors"))
+    assert 0 < saved < 4 * sum(tensor.numel() for tensor in before.values())
+    assert "| 0.25 |" in (tmp_path / "lora" / "README.md").read_text()
+    merged = adapted.merge_and_unload()
+    pixels = torch.stack([trainer.eval_dataset[0]["pixel_values"]])
+    assert merged(pixels).logits.shape == (1, NUM_LABELS, 40, 56)
+
+
+def test_the_card_and_the_push_carry_the_results(data, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr("transformers.trainer.create_repo", lambda repo_id, **_: type("Repo", (), {"repo_id": repo_id}))
+    monkeypatch.setattr("transformers.trainer.upload_folder", lambda **settings: pushed.append(settings))
+    trainer = trainer_for(data, network(), tmp_path / "run", push_to_hub=True, hub_model_id="me/blocks", max_steps=2)
+    trainer.train()
+    found = {}
+    for ratio in (1.0, 0.25):
+        trainer.eval_keep_ratio = ratio
+        found[ratio] = trainer.evaluate()
+    trainer.push_to_hub(dataset="Blocks", license="cc0-1.0")
+    assert pushed[-1]["repo_id"] == "me/blocks"
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert card.data.license == "cc0-1.0"
+    listed = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert listed["Mean IoU (keep_ratio 0.25)"] == round(found[0.25]["eval_mean_iou"], 4)
+    assert listed["Pixel accuracy (keep_ratio 1)"] == round(found[1.0]["eval_pixel_accuracy"], 4)
+    assert {result.dataset_name for result in card.data.eval_results} == {"Blocks"}
+    assert f"| 0.25 | {found[0.25]['eval_mean_iou']:.4f} |" in card.text
+    assert "- steps: 2" in card.text
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model_type"] == "ailurus"
