@@ -122,7 +122,7 @@ def main(o: Options) -> None:
         **({"id2label": source.id2label, "palette": source.palette} if source.id2label else {}),
     )  # fmt: skip
     if o.gradient_checkpointing:
-        network.gradient_checkpointing_enable()
+        network.gradient_checkpointing_enable()  # transformers 5.23 and newer: activation_checkpointing_enable
     processor, loss = AutoImageProcessor.from_pretrained(o.model), SegmentationLoss(ignore)
     views = SegmentationDataset(source, processor, SegmentationAugmentation(tuple(o.crop)), ignore, seed=o.seed)
     pictures = SegmentationDataset(held_out, processor, ignore_index=ignore)
