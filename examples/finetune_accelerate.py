@@ -114,6 +114,7 @@ def main(o: Options) -> None:
     accelerator = Accelerator(
         mixed_precision=o.mixed_precision, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True)
     )
+    accelerator.print(f"training on {accelerator.num_processes} processes, {accelerator.device}")
     set_seed(o.seed)
     source, held_out = open_layout(o.data, o.layout)
     ignore = source.rule.ignore_index

@@ -7,6 +7,7 @@ begun anew otherwise. Every option of `TrainingArguments` works: --bf16, --gradi
 --gradient-accumulation-steps, --learning-rate, --push-to-hub ... Run it again to go on after an interruption.
 """
 
+import os
 import sys
 from dataclasses import dataclass, field
 
@@ -88,7 +89,8 @@ def main() -> None:
         eval_keep_ratio=options.eval_keep_ratio[-1], layer_decay=options.layer_decay, processing_class=processor,
         callbacks=[KeepRatioSchedule.parse(schedule)] if schedule else None,
     )  # fmt: skip
-    result = trainer.train(get_last_checkpoint(args.output_dir) if args.resume_from_checkpoint is None else None)
+    last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    result = trainer.train(args.resume_from_checkpoint or last)
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     for ratio in options.eval_keep_ratio:
