@@ -30,6 +30,7 @@ from ailurus_hf.training import (
     SegmentationTrainer,
     class_weights,
     count_labels,
+    freeze_layers,
     open_layout,
 )
 
@@ -49,6 +50,7 @@ class Options:
     crop: list[int] = field(default_factory=lambda: [360, 480], metadata={"help": "Height and width of the views."})
     scale: list[float] = field(default_factory=lambda: [0.5, 2.0], metadata={"help": "Range of the random scale."})
     layer_decay: float = field(default=1.0, metadata={"help": "Learning rate of a layer over that of the next."})
+    freeze_layers: int = field(default=0, metadata={"help": "Embeddings and first layers that do not train."})
     class_weight_power: float = field(default=0.0, metadata={"help": "Weight of rare classes, 0 (none) to 1."})
     skip_unreadable: bool = field(default=False, metadata={"help": "Go on past damaged files, with a warning."})
     dataset_name: str = field(default="the data set", metadata={"help": "For the model card."})
@@ -75,6 +77,7 @@ def main() -> None:
         palette=train_source.palette, ignore_mismatched_sizes=len(names) != len(known),
         semantic_loss_ignore_index=ignore_index, keep_ratio=options.keep_ratio,
     )  # fmt: skip
+    freeze_layers(model, options.freeze_layers)
     processor = AutoImageProcessor.from_pretrained(options.model)
     views = SegmentationAugmentation(tuple(options.crop), tuple(options.scale))
     common = {"ignore_index": ignore_index, "skip_unreadable": options.skip_unreadable}

@@ -4,7 +4,7 @@ from .augmentation import SegmentationAugmentation
 from .dataset import SegmentationCollator, SegmentationDataset
 from .labelled import LabelledImage, LabelRule
 from .loss import SegmentationLoss, class_weights, count_labels
-from .optimization import KeepRatioSchedule, layerwise_parameter_groups
+from .optimization import KeepRatioSchedule, freeze_layers, layerwise_parameter_groups
 from .sources import HubSegmentation, SegmentationFolder, open_layout
 from .trainer import SegmentationTrainer, check_resume
 
@@ -22,6 +22,7 @@ __all__ = [
     "check_resume",
     "class_weights",
     "count_labels",
+    "freeze_layers",
     "layerwise_parameter_groups",
     "open_layout",
 ]

@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..budget import set_keep_ratio
 
-__all__ = ["KeepRatioSchedule", "layerwise_parameter_groups"]
+__all__ = ["KeepRatioSchedule", "freeze_layers", "layerwise_parameter_groups"]
 
 
 def layerwise_parameter_groups(
@@ -50,6 +50,24 @@ def layerwise_parameter_groups(
         )
         group["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
+
+
+def freeze_layers(model: PreTrainedModel, count: int) -> None:
+    """Stop training the embeddings and the first `count` encoder layers; 0 trains everything.
+
+    Nothing is computed for them in the backward pass, which saves the most where the first layers run on all tokens and
+    the others on merged ones: with `count = config.cluster_layer` the backward pass ends where the tokens were merged.
+
+    Raises:
+        ValueError: `count` is negative or above the number of layers.
+    """
+    level_of, depth = _depths(model)
+    if not 0 <= count < depth:
+        raise ValueError(f"count must be from 0 to the number of layers {depth - 1}, got {count}")
+    if count:
+        for parameter in model.parameters():
+            if level_of.get(id(parameter), depth) <= count:
+                parameter.requires_grad_(False)
 
 
 def _depths(model: PreTrainedModel) -> tuple[dict[int, int], int]:

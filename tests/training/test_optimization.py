@@ -8,8 +8,8 @@ from transformers import TrainerControl, TrainerState
 
 from ailurus_hf import AiluRusForSemanticSegmentation, AiluRusSegformerForSemanticSegmentation
 from ailurus_hf.budget import keep_ratio_of, set_keep_ratio, temporary_keep_ratio
-from ailurus_hf.training import KeepRatioSchedule, layerwise_parameter_groups
-from tests.factories import tiny_model, tiny_segformer
+from ailurus_hf.training import KeepRatioSchedule, freeze_layers, layerwise_parameter_groups
+from tests.factories import random_images, tiny_model, tiny_segformer
 
 
 def rates(model, **settings):
@@ -62,6 +62,24 @@ def test_frozen_parameters_are_left_out_and_wrong_decays_refused():
     assert all(name.startswith("decode_head") for name in rates(model))
     with pytest.raises(ValueError, match="layer_decay must be above 0 and at most 1, got 0"):
         layerwise_parameter_groups(model, 1.0, layer_decay=0)
+
+
+def test_frozen_layers_get_no_gradient_and_the_others_the_same():
+    pixels = random_images()
+    plain, frozen = (tiny_model(AiluRusForSemanticSegmentation) for _ in range(2))
+    freeze_layers(frozen, 2)
+    for model in (plain, frozen):
+        model(pixels).logits.square().mean().backward()
+    expected = dict(plain.named_parameters())
+    for name, parameter in frozen.named_parameters():
+        if name.startswith(("ailurus.embeddings.", "ailurus.layers.0.", "ailurus.layers.1.")):
+            assert parameter.grad is None, name
+        else:
+            assert torch.equal(parameter.grad, expected[name].grad), name
+    freeze_layers(plain, 0)
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+    with pytest.raises(ValueError, match="count must be from 0 to the number of layers 4, got 5"):
+        freeze_layers(plain, 5)
 
 
 def test_a_schedule_follows_the_steps():
