@@ -71,7 +71,7 @@ def step_batches(loader, views, first_step, accumulation):
 
 
 def train_step(accelerator, model, optimizer, loss, batches):
-    """One optimizer step; its loss is the mean over all pixels of all micro-batches and processes."""
+    """One optimizer step. Its loss is the mean over all pixels of all micro-batches and processes."""
     total = accelerator.reduce(sum(loss.total_weight(batch["labels"]) for batch in batches).float())
     step_loss = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(batches, start=1):
@@ -79,10 +79,10 @@ def train_step(accelerator, model, optimizer, loss, batches):
             value = loss(model(batch["pixel_values"]), batch["labels"], total)
             accelerator.backward(value * accelerator.num_processes)  # gradients are averaged over the processes
         step_loss += value.detach()
-    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return accelerator.reduce(step_loss).item()
+    return {"loss": accelerator.reduce(step_loss).item(), "grad_norm": norm.item()}
 
 
 def evaluate(accelerator, network, pictures, keep_ratio):
@@ -95,7 +95,7 @@ def evaluate(accelerator, network, pictures, keep_ratio):
             matrix.update(logits[0].argmax(0).cpu(), picture["labels"])
     network.train()
     matrix.counts = accelerator.reduce(matrix.counts.to(accelerator.device)).cpu()
-    return {"mean_iou": matrix.mean_iou(), "pixel_accuracy": matrix.pixel_accuracy()}
+    return matrix
 
 
 def save_state(accelerator, folder, progress):
@@ -145,15 +145,17 @@ def main(o: Options) -> None:
         batches = next(steps)
         set_seed(o.seed + progress["step"], device_specific=True)  # dropout follows from the step: see `save_state`
         set_keep_ratio(network, schedule.ratio_at(progress["step"] / o.steps))
-        entry = {"loss": train_step(accelerator, model, optimizer, loss, batches)}
+        entry = train_step(accelerator, model, optimizer, loss, batches)
         scheduler.step()
         progress["step"] += 1
         progress["log"].append({"step": progress["step"], **entry})
         accelerator.print(progress["log"][-1])
         if progress["step"] % o.save_every and progress["step"] < o.steps:
             continue
-        quality = evaluate(accelerator, network, pictures, o.eval_keep_ratio)
-        progress["log"].append({"step": progress["step"], "keep_ratio": o.eval_keep_ratio, **quality})
+        matrix = evaluate(accelerator, network, pictures, o.eval_keep_ratio)
+        quality = {"mean_iou": matrix.mean_iou(), "pixel_accuracy": matrix.pixel_accuracy()}
+        entry = {"step": progress["step"], "keep_ratio": o.eval_keep_ratio, "pixels": int(matrix.counts.sum())}
+        progress["log"].append({**entry, **quality})
         accelerator.print(progress["log"][-1])
         if quality["mean_iou"] > progress["best"] and accelerator.is_main_process:
             network.config.keep_ratio = o.eval_keep_ratio  # what the checkpoint will run at

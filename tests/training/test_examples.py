@@ -124,7 +124,10 @@ def test_two_processes_train_and_evaluate_as_one(place, tmp_path):
     run(command(LOOP, place, tmp_path / "one", *options, "--batch_size", 4))
     run(command(LOOP, place, tmp_path / "two", *options, "--batch_size", 2, processes=2))
     one, two = loop_log(tmp_path / "one"), loop_log(tmp_path / "two")
-    assert [entry["loss"] for entry in two[:4]] == pytest.approx([entry["loss"] for entry in one[:4]], rel=1e-4)
+    for value in ("loss", "grad_norm"):
+        assert [entry[value] for entry in two[:4]] == pytest.approx([entry[value] for entry in one[:4]], rel=1e-3), (
+            value
+        )
     assert two[-1]["pixel_accuracy"] == pytest.approx(one[-1]["pixel_accuracy"], abs=5e-3)
 
 

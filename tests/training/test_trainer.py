@@ -144,10 +144,14 @@ def test_evaluation_equals_a_loop(data, tmp_path, batch_size):
     for ratio in (1.0, 0.25):
         trainer.eval_keep_ratio = ratio
         metrics = trainer.evaluate()
-        matrix = ConfusionMatrix(NUM_LABELS, IGNORE)
+        matrix, losses = ConfusionMatrix(NUM_LABELS, IGNORE), []
         model = network(keep_ratio=ratio)
         for sample in trainer.eval_dataset:
-            matrix.update(model(sample["pixel_values"][None]).logits.argmax(1)[0], sample["labels"])
+            logits = model(sample["pixel_values"][None]).logits
+            matrix.update(logits.argmax(1)[0], sample["labels"])
+            losses.append(torch.nn.functional.cross_entropy(logits, sample["labels"][None], ignore_index=IGNORE).item())
+        if batch_size == 1:
+            assert metrics["eval_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
         assert metrics["eval_mean_iou"] == matrix.mean_iou()
         assert metrics["eval_pixel_accuracy"] == matrix.pixel_accuracy()
         assert metrics["eval_keep_ratio"] == ratio
