@@ -93,18 +93,6 @@ class SegmentationTrainer(Trainer):
             total = self.accelerator.reduce(total)
         return samples, total
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        """As in `Trainer`; in evaluation the mean over the batch, whose pixels Trainer would count by another rule."""
-        if not model.training:
-            num_items_in_batch = None
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
-
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
