@@ -15,6 +15,7 @@ import typer
 
 from .convert import convert
 from .demo import demo
+from .evaluate import evaluate
 from .info import info
 from .predict import predict
 from .visualize import visualize
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo)
 app.command("predict")(predict)
+app.command("evaluate")(evaluate)
 app.command("visualize")(visualize)
 app.command("convert")(convert)
 app.command("info")(info)

@@ -50,7 +50,8 @@ def convert(
         Path | None,
         typer.Option(
             metavar="FILE.json",
-            help='Class names, and colours: {"id2label": {"0": "Sky", ...}, "palette": [[70, 130, 180], ...]}.',
+            help='Class names, colours, and the label that does not count: {"id2label": {"0": "Sky", ...}, '
+            '"palette": [[70, 130, 180], ...], "ignore_index": 255}.',
             show_default="LABEL_i",
         ),
     ] = None,
@@ -104,7 +105,7 @@ def convert(
 
 
 def _read_labels(path: Path | None) -> dict[str, Any]:
-    """`id2label` and, if the file has one, `palette`."""
+    """`id2label` and, if the file has them, `palette` and `ignore_index`; `None` is left out later."""
     if path is None:
         return {}
     try:
@@ -114,7 +115,8 @@ def _read_labels(path: Path | None) -> dict[str, Any]:
     names = content.get("id2label") if isinstance(content, dict) else None
     if not isinstance(names, dict):
         raise ValueError(f'--labels {path} must hold {{"id2label": {{"0": "name", ...}}}}')
-    return {"id2label": names, "palette": content.get("palette") or None}
+    ignored = content.get("ignore_index")
+    return {"id2label": names, "palette": content.get("palette") or None, "semantic_loss_ignore_index": ignored}
 
 
 def _parse_assignments(assignments: list[str]) -> dict[str, Any]:

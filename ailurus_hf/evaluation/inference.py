@@ -1,16 +1,18 @@
 """From a picture to its label map."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .sliding_window import sliding_window_logits
 
-__all__ = ["Segmentation", "segment_image"]
+__all__ = ["Segmentation", "class_scores", "segment_image"]
 
 
 class Segmentation(NamedTuple):
@@ -18,7 +20,8 @@ class Segmentation(NamedTuple):
 
     Attributes:
         labels: (height, width) int64, class of every pixel of the picture.
-        clusters: (rows, columns) int64, cluster of every patch; None for sliding windows and hierarchical models.
+        clusters: (rows, columns) int64, cluster of every patch; None for sliding windows, several views and models
+            that do not say.
         patch_size: height and width of a patch in pixels of the picture (not whole numbers if it was resized); None
             without clusters.
     """
@@ -34,35 +37,114 @@ class Segmentation(NamedTuple):
 
 
 @torch.no_grad()
+def class_scores(
+    model: PreTrainedModel,
+    pixel_values: Tensor,
+    size: tuple[int, int] | None = None,
+    *,
+    sliding_window: bool = False,
+    flip: bool = False,
+    scales: Sequence[float] = (1.0,),
+) -> Tensor:
+    """Scores of the classes for every pixel, from one view of the pictures or several.
+
+    One view gives logits. Several give the mean of their probabilities, softmax by view, as Segmenter and
+    mmsegmentation do.
+
+    Args:
+        model: a semantic-segmentation model whose output has `logits` (B, num_labels, h, w), in evaluation mode.
+        pixel_values: (B, 3, H, W), normalised.
+        size: (height, width) of the result; None for that of `pixel_values`.
+        sliding_window: predict window by window, with `config.window_size` and `config.window_stride`, and average.
+        flip: add each view's mirror image.
+        scales: factors by which the pictures are resized, one view each.
+
+    Returns:
+        (B, num_labels, height, width) float32 logits or probabilities.
+
+    Raises:
+        ValueError: `sliding_window` for a model whose configuration has no `window_size`, or scales that are not
+            positive.
+    """
+    if not scales or min(scales) <= 0:
+        raise ValueError(f"scales must be one or more numbers above 0, got {list(scales)}")
+    size = size or (pixel_values.shape[-2], pixel_values.shape[-1])
+    views = [
+        _logits(model, view, size, sliding_window, mirrored) for view, mirrored in _views(pixel_values, flip, scales)
+    ]
+    if len(views) == 1:
+        return views[0]
+    return torch.stack([logits.softmax(1) for logits in views]).mean(0)
+
+
 def segment_image(
-    model: PreTrainedModel, image_processor: Any, image: Image.Image, sliding_window: bool = False
+    model: PreTrainedModel,
+    image_processor: Any,
+    image: Image.Image,
+    sliding_window: bool = False,
+    *,
+    flip: bool = False,
+    scales: Sequence[float] = (1.0,),
 ) -> Segmentation:
     """Segment one picture.
 
     Args:
-        model: a segmentation model of this package in evaluation mode, on any device.
+        model: a semantic-segmentation model in evaluation mode, on any device.
         image_processor: its image processor.
         image: an RGB picture of any size.
-        sliding_window: predict window by window, with `config.window_size` and `config.window_stride`, and average.
+        sliding_window, flip, scales: the views, see `class_scores`.
 
     Raises:
-        ValueError: `sliding_window` for a model whose configuration has no `window_size`.
+        ValueError: as in `class_scores`.
     """
-    config = model.config
     pixel_values = image_processor(image, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+    size = (image.height, image.width)
+    if not (sliding_window or flip or tuple(scales) != (1.0,)):
+        return _segment_whole(model, pixel_values, size)
+    scores = class_scores(model, pixel_values, size, sliding_window=sliding_window, flip=flip, scales=scales)
+    return Segmentation(scores[0].argmax(0).cpu().numpy(), None, None)
+
+
+@torch.no_grad()
+def _segment_whole(model: PreTrainedModel, pixel_values: Tensor, size: tuple[int, int]) -> Segmentation:
+    """One view of the whole picture: the only one with clusters to tell of."""
+    output = model(pixel_values)
     height, width = pixel_values.shape[-2:]
     clusters = patch_size = None
+    if isinstance(getattr(output, "assignment", None), Tensor):  # hierarchical models have clusters in every stage
+        clusters = output.assignment[0].view(model.config.patch_grid(height, width)).cpu().numpy()
+        patch_size = (model.config.patch_size * size[0] / height, model.config.patch_size * size[1] / width)
+    logits = _resize(output.logits, size)
+    return Segmentation(logits[0].argmax(0).cpu().numpy(), clusters, patch_size)
+
+
+def _views(pixel_values: Tensor, flip: bool, scales: Sequence[float]) -> Iterator[tuple[Tensor, bool]]:
+    """The pictures at every scale, and whether they are mirrored."""
+    for scale in scales:
+        height, width = (max(round(side * scale), 1) for side in pixel_values.shape[-2:])
+        view = _resize(pixel_values, (height, width))
+        yield view, False
+        if flip:
+            yield view.flip(-1), True
+
+
+def _logits(
+    model: PreTrainedModel, view: Tensor, size: tuple[int, int], sliding_window: bool, mirrored: bool
+) -> Tensor:
     if sliding_window:
+        config = model.config
         if getattr(config, "window_size", None) is None:
             raise ValueError("sliding_window needs config.window_size, which this model does not have")
         stride = config.window_stride or config.window_size
-        logits = sliding_window_logits(model, pixel_values, config.window_size, stride)
+        logits = sliding_window_logits(model, view, config.window_size, stride)
     else:
-        output = model(pixel_values)
-        logits = output.logits
-        if isinstance(output.assignment, torch.Tensor):  # hierarchical models have clusters in every stage
-            clusters = output.assignment[0].view(config.patch_grid(height, width)).cpu().numpy()
-            patch_size = (config.patch_size * image.height / height, config.patch_size * image.width / width)
-    if (height, width) != (image.height, image.width):
-        logits = F.interpolate(logits, size=(image.height, image.width), mode="bilinear")
-    return Segmentation(logits[0].argmax(0).cpu().numpy(), clusters, patch_size)
+        logits = model(pixel_values=view).logits
+    logits = logits.flip(-1) if mirrored else logits
+    return _resize(logits.float(), size)
+
+
+def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear; maps of the right size stay as they are."""
+    if (maps.shape[-2], maps.shape[-1]) == tuple(size):
+        return maps
+    return F.interpolate(maps, size=size, mode="bilinear")

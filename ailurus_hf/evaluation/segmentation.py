@@ -1,9 +1,12 @@
 """Segmentation quality from counts: no label maps or logits are kept."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["ConfusionMatrix"]
+__all__ = ["Agreement", "ConfusionMatrix", "check_label_maps"]
 
 
 class ConfusionMatrix:
@@ -25,20 +28,9 @@ class ConfusionMatrix:
         Raises:
             ValueError: the shapes differ, or a label is neither a class nor `ignore_index`.
         """
-        if predictions.shape != labels.shape:
-            raise ValueError(
-                f"predictions and labels must have the same shape, got {tuple(predictions.shape)} and "
-                f"{tuple(labels.shape)}"
-            )
+        check_label_maps(predictions, labels, self.num_labels, self.ignore_index)
         counted = labels != self.ignore_index
         labels, predictions = labels[counted].long().cpu(), predictions[counted].long().cpu()
-        for name, values in (("labels", labels), ("predictions", predictions)):
-            if values.numel() and not 0 <= values.min() <= values.max() < self.num_labels:
-                raise ValueError(
-                    f"{name} must be classes from 0 to {self.num_labels - 1}"
-                    f"{f' or ignore_index={self.ignore_index}' if name == 'labels' else ''}, got values from "
-                    f"{int(values.min())} to {int(values.max())}"
-                )
         pairs = torch.bincount(labels * self.num_labels + predictions, minlength=self.num_labels**2)
         self.counts += pairs.view_as(self.counts)
 
@@ -54,3 +46,69 @@ class ConfusionMatrix:
     def pixel_accuracy(self) -> float:
         """Share of the counted pixels whose class is right; NaN if there are none."""
         return float(self.counts.diagonal().sum() / self.counts.sum())
+
+    def class_accuracy(self) -> Tensor:
+        """Share of each class's pixels that are right, (num_labels,) float64; NaN for classes without pixels."""
+        return self.counts.diagonal().double() / self.counts.sum(1)
+
+    def summary(self, id2label: Mapping[int, str] | None = None) -> dict[str, Any]:
+        """All of it by name: `mean_iou`, `pixel_accuracy`, `mean_accuracy` (over the classes in the labels), and for
+        each class, by its name or number, `iou` and `accuracy`; NaN is None."""
+        names = [id2label[index] if id2label else str(index) for index in range(self.num_labels)]
+        return {
+            "mean_iou": _number(self.mean_iou()),
+            "pixel_accuracy": _number(self.pixel_accuracy()),
+            "mean_accuracy": _number(float(self.class_accuracy().nanmean())),
+            "iou": dict(zip(names, map(_number, self.iou().tolist()), strict=True)),
+            "accuracy": dict(zip(names, map(_number, self.class_accuracy().tolist()), strict=True)),
+        }
+
+
+class Agreement:
+    """Share of pixels for which two models give the same class, from counts."""
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(2, dtype=torch.int64)  # equal, all
+
+    def update(self, predictions: Tensor, references: Tensor) -> None:
+        """Add label maps of any shape, both of the same.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        _check_shapes(predictions, references, "references")
+        equal = (predictions.cpu() == references.cpu()).sum()
+        self.counts += torch.tensor([int(equal), predictions.numel()])
+
+    def share(self) -> float:
+        """Between 0 and 1; NaN before the first pixel."""
+        return float(self.counts[0] / self.counts[1])
+
+
+def check_label_maps(predictions: Tensor, labels: Tensor, num_labels: int, ignore_index: int) -> None:
+    """Check that label maps have the same shape and hold classes only, where the labels are not ignored.
+
+    Raises:
+        ValueError: they do not.
+    """
+    _check_shapes(predictions, labels, "labels")
+    counted = labels != ignore_index
+    for name, values in (("labels", labels[counted]), ("predictions", predictions[counted.to(predictions.device)])):
+        if values.numel() and not 0 <= values.min() <= values.max() < num_labels:
+            raise ValueError(
+                f"{name} must be classes from 0 to {num_labels - 1}"
+                f"{f' or ignore_index={ignore_index}' if name == 'labels' else ''}, got values from "
+                f"{int(values.min())} to {int(values.max())}"
+            )
+
+
+def _check_shapes(predictions: Tensor, labels: Tensor, name: str) -> None:
+    if predictions.shape != labels.shape:
+        raise ValueError(
+            f"predictions and {name} must have the same shape, got {tuple(predictions.shape)} and {tuple(labels.shape)}"
+        )
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if value != value else value

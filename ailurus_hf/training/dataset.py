@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import Dataset
 
 from ..images import ImageFileError
+from ..labelled import LabelledImage
 from .augmentation import SegmentationAugmentation
-from .labelled import LabelledImage
 
 __all__ = ["SegmentationCollator", "SegmentationDataset"]
 

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from ..images import read_image
+from ..labelled import LabelledImage, LabelRule
 from ..labels import label_array, pair_files, read_labels
-from .labelled import LabelledImage, LabelRule
 
 __all__ = ["CITYSCAPES_CLASSES", "HubSegmentation", "SegmentationFolder", "open_layout"]
 

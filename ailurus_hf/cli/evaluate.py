@@ -1,0 +1,155 @@
+"""`ailurus-hf evaluate`: quality, cost and speed on pictures with labels."""
+
+import csv
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import ClusterLayer, Device, Dtype, Json, Model, load_on_device, load_processor
+
+if TYPE_CHECKING:
+    from ..evaluation import EvaluationReport
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    model: Model,
+    images: Annotated[Path, typer.Option(help="Folder of pictures.", show_default=False)],
+    labels: Annotated[
+        Path, typer.Option(help="Folder of label maps: NAME.png for each picture NAME, class ids as pixel values.")
+    ],
+    keep_ratio: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Share of tokens to keep; repeat for several. The dense model is always measured too.",
+            show_default="1, 0.5 and 0.25",
+        ),
+    ] = None,
+    cluster_layer: ClusterLayer = None,
+    ignore_index: Annotated[
+        int | None, typer.Option(help="Label of pixels that do not count.", show_default="the model's")
+    ] = None,
+    reduce_labels: Annotated[
+        bool, typer.Option("--reduce-labels", help="Subtract 1 from every label, ignore 0 (ADE20K's files).")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first pictures.")] = None,
+    sliding_window: Annotated[
+        bool, typer.Option("--sliding-window", help="Predict window by window, with the sizes the model was made for.")
+    ] = False,
+    flip: Annotated[bool, typer.Option("--flip", help="Average with the prediction of the mirror image.")] = False,
+    scale: Annotated[
+        list[float] | None, typer.Option(help="Average over pictures resized by this factor; repeat for several.")
+    ] = None,
+    boundary: Annotated[bool, typer.Option("--boundary", help="Score the classes' boundaries too.")] = False,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Print the IoU of every class too.")] = False,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Go on past damaged files, and list them.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    as_json: Json = False,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write the table's rows as CSV too.")
+    ] = None,
+) -> None:
+    """Evaluate a checkpoint on pictures with labels, dense and at several budgets side by side.
+
+    Every picture is predicted at all budgets in turn, from the picture to its label map, so that their times are
+    measured under the same conditions. Speed-ups are over the dense model.
+    """
+    from ..evaluation import evaluate_segmentation
+    from ..labelled import LabelRule
+    from ..labels import pair_files
+    from ..training import SegmentationFolder
+
+    pairs = pair_files(images, labels)[:limit]
+    _check_ratios(keep_ratio)
+    network = load_on_device(model, device, dtype, cluster_layer=cluster_layer)
+    ignored = network.config.semantic_loss_ignore_index if ignore_index is None else ignore_index
+    report = evaluate_segmentation(
+        network,
+        load_processor(model),
+        SegmentationFolder(pairs, LabelRule(network.config.num_labels, ignored, reduce_labels)),
+        keep_ratio or (1.0, 0.5, 0.25),
+        ignore_index=ignored,
+        boundary=boundary,
+        skip_unreadable=skip_unreadable,
+        sliding_window=sliding_window,
+        flip=flip,
+        scales=scale or (1.0,),
+    )
+    if csv_file is not None:
+        _write_csv(report, csv_file)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+        return
+    for line in report.skipped:
+        typer.echo(f"ailurus-hf: warning: skipped: {line}", err=True)
+    _print_table(report, f"{network.device}, {str(network.dtype).removeprefix('torch.')}")
+    if per_class:
+        _print_classes(report)
+
+
+def _check_ratios(ratios: list[float] | None) -> None:
+    """Before the model is loaded and run."""
+    for ratio in ratios or ():
+        if not 0 < ratio <= 1:
+            raise ValueError(f"--keep-ratio must be above 0 and at most 1, got {ratio:g}")
+
+
+def _print_table(report: "EvaluationReport", where: str) -> None:
+    import torch
+    from rich.table import Table
+
+    threads = f", {torch.get_num_threads()} threads" if where.startswith("cpu") else ""
+    table = Table(title=f"{report.num_pictures} pictures, {where}{threads}", title_justify="left")
+    rows = report.rows()
+    headings = ["keep_ratio", "mIoU", "pixel acc.", *(["boundary F"] if "boundary_f" in rows[0] else [])]
+    for heading in (*headings, "agreement", "GFLOPs", "ms", "speed-up (quartiles)"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        quality = [_number(row[name]) for name in ("mean_iou", "pixel_accuracy", "boundary_f") if name in row]
+        gflops = "-" if row["gflops"] is None else f"{row['gflops']:.1f}"
+        speed = f"{row['speed_up']:.2f} ({row['speed_up_low']:.2f} to {row['speed_up_high']:.2f})"
+        table.add_row(
+            f"{row['keep_ratio']:g}", *quality, _number(row["agreement"]), gflops, f"{row['ms_per_picture']:.0f}", speed
+        )
+    _print(table)
+
+
+def _print_classes(report: "EvaluationReport") -> None:
+    from rich.table import Table
+
+    table = Table(title="IoU", title_justify="left")
+    table.add_column("class")
+    budgets = report.to_dict()["budgets"]
+    for budget in budgets:
+        table.add_column(f"{budget['keep_ratio']:g}", justify="right")
+    for name in budgets[0]["iou"]:
+        table.add_row(name, *(_number(budget["iou"][name]) for budget in budgets))
+    _print(table)
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    # A pipe has no width of its own; a table that is cut there helps nobody.
+    (console if console.is_terminal else Console(width=120)).print(table)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _write_csv(report: "EvaluationReport", path: Path) -> None:
+    from .._files import atomic_file
+
+    rows = report.rows()
+    with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,86 @@
+"""Depth quality: errors of every picture, averaged over pictures."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["DepthErrors"]
+
+NAMES = ("abs_rel", "rmse", "rmse_log", "delta1", "delta2", "delta3")
+
+
+class DepthErrors:
+    """The usual errors of predicted depth (Eigen et al., NeurIPS 2014, section 4.3), added up picture by picture.
+
+    With prediction p and truth t over the pixels that count: `abs_rel` = mean |p - t| / t, `rmse` = root of the mean
+    (p - t)^2, `rmse_log` the same of logarithms, `delta1` to `delta3` = share of pixels with max(p / t, t / p) below
+    1.25, 1.25^2, 1.25^3. Pixels count where the truth is finite, above `min_depth` and at most `max_depth`.
+
+    Args:
+        min_depth: smallest depth that counts, in the unit of the maps; predictions are raised to it.
+        max_depth: largest depth that counts; predictions are lowered to it. None for no limit.
+        align: "median" scales every prediction by the ratio of the medians, "least_squares" fits scale and shift, for
+            models whose depth is only relative; None takes predictions as they are.
+
+    Raises:
+        ValueError: `min_depth` is not above 0, `max_depth` not above it, or `align` is unknown.
+    """
+
+    def __init__(self, min_depth: float = 1e-3, max_depth: float | None = None, align: str | None = None) -> None:
+        if not min_depth > 0 or (max_depth is not None and not max_depth > min_depth):
+            raise ValueError(f"0 < min_depth < max_depth is needed, got {min_depth} and {max_depth}")
+        if align not in (None, "median", "least_squares"):
+            raise ValueError(f"align must be None, 'median' or 'least_squares', got {align!r}")
+        self.min_depth, self.max_depth, self.align = min_depth, max_depth, align
+        self.sums = torch.zeros(len(NAMES), dtype=torch.float64)
+        self.num_pictures = 0
+
+    def update(self, predictions: Tensor, references: Tensor) -> None:
+        """Add one picture; one without any pixel that counts is left out.
+
+        Args:
+            predictions: (height, width) predicted depth.
+            references: (height, width) true depth; 0, NaN or infinity where it is unknown.
+
+        Raises:
+            ValueError: the shapes differ, or a prediction that counts is not finite.
+        """
+        if predictions.shape != references.shape:
+            raise ValueError(
+                f"predictions and references must have the same shape, got {tuple(predictions.shape)} and "
+                f"{tuple(references.shape)}"
+            )
+        truth = references.double().cpu()
+        counted = truth.isfinite() & (truth > self.min_depth)
+        if self.max_depth is not None:
+            counted &= truth <= self.max_depth
+        predicted, truth = predictions.double().cpu()[counted], truth[counted]
+        if not truth.numel():
+            return
+        if not predicted.isfinite().all():
+            raise ValueError("predictions must be finite where the depth is known, got NaN or infinity")
+        self.sums += _errors(self._aligned(predicted, truth).clamp(self.min_depth, self.max_depth), truth)
+        self.num_pictures += 1
+
+    def compute(self) -> dict[str, float]:
+        """Mean over the pictures of every error, by name; NaN if there were none."""
+        means = self.sums / self.num_pictures if self.num_pictures else torch.full_like(self.sums, torch.nan)
+        return dict(zip(NAMES, means.tolist(), strict=True))
+
+    def _aligned(self, predicted: Tensor, truth: Tensor) -> Tensor:
+        if self.align == "median":
+            return predicted * (truth.median() / predicted.median())
+        if self.align == "least_squares":
+            columns = torch.stack([predicted, torch.ones_like(predicted)], dim=1)
+            # lstsq's default driver assumes full rank, which a constant prediction has not.
+            scale, shift = torch.linalg.pinv(columns) @ truth
+            return scale * predicted + shift
+        return predicted
+
+
+def _errors(predicted: Tensor, truth: Tensor) -> Tensor:
+    difference, ratio = predicted - truth, torch.maximum(predicted / truth, truth / predicted)
+    logs = predicted.log() - truth.log()
+    within = [(ratio < 1.25**power).double().mean() for power in (1, 2, 3)]
+    return torch.stack(
+        [(difference.abs() / truth).mean(), difference.square().mean().sqrt(), logs.square().mean().sqrt(), *within]
+    )

@@ -1,0 +1,220 @@
+"""Evaluating a segmentation model at several budgets side by side, on one process or several."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from rich.console import Console
+from rich.progress import track
+from transformers import PreTrainedModel
+
+from ..benchmark import SpeedUp, count_flops, speed_up, time_side_by_side
+from ..budget import temporary_keep_ratio
+from ..images import ImageFileError
+from ..labelled import LabelledImage
+from .boundary import BoundaryScore
+from .inference import Segmentation, segment_image
+from .segmentation import Agreement, ConfusionMatrix
+
+__all__ = ["BudgetResult", "EvaluationReport", "evaluate_segmentation"]
+
+
+@dataclass
+class BudgetResult:
+    """What was measured at one budget.
+
+    Attributes:
+        keep_ratio: share of tokens kept; 1 is dense.
+        confusion: counts of true and predicted classes.
+        agreement: with the dense model's classes, over all pixels.
+        boundary: counts of boundary pixels, if they were asked for.
+        seconds: from picture to label map, one entry for every picture.
+        gflops: 1e9 floating-point operations of the model for the first picture; None where they cannot be counted.
+    """
+
+    keep_ratio: float
+    confusion: ConfusionMatrix
+    agreement: Agreement
+    boundary: BoundaryScore | None
+    seconds: list[float] = field(default_factory=list)
+    gflops: float | None = None
+
+
+@dataclass
+class EvaluationReport:
+    """Results of all budgets, dense first.
+
+    Attributes:
+        budgets: one result for every budget.
+        id2label: names of the classes.
+        num_pictures: how many pictures were evaluated.
+        skipped: what was said of pictures that could not be read.
+    """
+
+    budgets: list[BudgetResult]
+    id2label: dict[int, str]
+    num_pictures: int
+    skipped: list[str]
+
+    def speed_up(self, result: BudgetResult) -> SpeedUp:
+        """How many times faster than dense, over the pictures."""
+        return speed_up(self.budgets[0].seconds, result.seconds)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat dictionary of numbers for every budget: a table's rows."""
+        return [self._row(result) for result in self.budgets]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, with IoU and accuracy of every class, as JSON takes it."""
+        budgets = []
+        for row, result in zip(self.rows(), self.budgets, strict=True):
+            summary = result.confusion.summary(self.id2label)
+            budgets.append({**row, "iou": summary["iou"], "accuracy": summary["accuracy"]})
+        return {"pictures": self.num_pictures, "skipped": self.skipped, "budgets": budgets}
+
+    def _row(self, result: BudgetResult) -> dict[str, Any]:
+        summary, gain = result.confusion.summary(), self.speed_up(result)
+        row: dict[str, Any] = {"keep_ratio": result.keep_ratio}
+        row |= {name: summary[name] for name in ("mean_iou", "pixel_accuracy", "mean_accuracy")}
+        if result.boundary is not None:
+            score = result.boundary.mean_f_score()
+            row["boundary_f"] = None if math.isnan(score) else score
+        return row | {
+            "agreement": result.agreement.share(),
+            "gflops": result.gflops,
+            "ms_per_picture": 1e3 * statistics.median(result.seconds),
+            "speed_up": gain.median,
+            "speed_up_low": gain.low,
+            "speed_up_high": gain.high,
+        }
+
+
+def evaluate_segmentation(
+    model: PreTrainedModel,
+    image_processor: Any,
+    samples: Sequence[LabelledImage],
+    keep_ratios: Sequence[float] = (1.0, 0.5, 0.25),
+    *,
+    ignore_index: int | None = None,
+    boundary: bool = False,
+    skip_unreadable: bool = False,
+    progress: bool = True,
+    **views: Any,
+) -> EvaluationReport:
+    """Quality, cost and speed of a model at several budgets.
+
+    Every picture is predicted at all budgets in turn, so that their times are measured under the same conditions; the
+    dense model is always among them. Label maps become counts at once. Launched on several processes, each takes every
+    n-th picture and the counts are added up: the scores are those of one process, exactly.
+
+    Args:
+        model: a semantic-segmentation model of this package, or one changed by `apply_ailurus`; any other at
+            `keep_ratios=[1]`.
+        image_processor: its image processor.
+        samples: pictures with labels, such as `ailurus_hf.training.SegmentationFolder`.
+        keep_ratios: shares of tokens to keep, above 0 and at most 1.
+        ignore_index: label of pixels that do not count; None takes the model's.
+        boundary: count boundary pixels too.
+        skip_unreadable: go on past samples whose files are damaged, and list them.
+        progress: show a progress bar on stderr, on the first process.
+        views: `sliding_window`, `flip`, `scales`: see `class_scores`.
+
+    Raises:
+        ValueError: there are no samples, or none could be read; labels outside the classes.
+        ImageFileError: a file is damaged and `skip_unreadable` is False.
+    """
+    if not len(samples):
+        raise ValueError("samples must hold at least one picture with labels, got none")
+    if ignore_index is None:
+        ignore_index = getattr(model.config, "semantic_loss_ignore_index", 255)
+    ratios = [1.0, *(ratio for ratio in dict.fromkeys(map(float, keep_ratios)) if ratio != 1)]
+    num_labels = model.config.num_labels
+    results = [
+        BudgetResult(
+            ratio,
+            ConfusionMatrix(num_labels, ignore_index),
+            Agreement(),
+            BoundaryScore(num_labels, ignore_index) if boundary else None,
+        )
+        for ratio in ratios
+    ]
+    state = PartialState()
+    share = range(state.process_index, len(samples), state.num_processes)
+    skipped: list[str] = []
+    model.eval()
+    for index in _tracked(share, progress and state.is_main_process):
+        try:
+            sample = samples[index]
+        except ImageFileError as error:
+            if not skip_unreadable:
+                raise
+            skipped.append(str(error))
+            continue
+        _evaluate_picture(model, image_processor, sample, results, views)
+    _add_processes(results)
+    skipped = gather_object(skipped)
+    if not results[0].seconds:
+        raise ValueError(f"none of the {len(samples)} samples could be read; the first: {skipped[0]}")
+    return EvaluationReport(results, dict(model.config.id2label), len(results[0].seconds), skipped)
+
+
+def _evaluate_picture(
+    model: PreTrainedModel, image_processor: Any, sample: LabelledImage, results: list[BudgetResult], views: Any
+) -> None:
+    """Predict one picture at all budgets, and count."""
+    found: dict[float, Segmentation] = {}
+
+    def predict(result: BudgetResult) -> None:
+        # A model without budgets has no ratio to set; it is dense as it is.
+        ratio = None if len(results) == 1 and not hasattr(model.config, "keep_ratio") else result.keep_ratio
+        with temporary_keep_ratio(model, ratio):
+            found[result.keep_ratio] = segment_image(model, image_processor, sample.image, **views)
+
+    variants = {str(result.keep_ratio): partial(predict, result) for result in results}
+    first = not results[0].seconds
+    times = time_side_by_side(variants, rounds=1, warmup=1 if first else 0)
+    truth = torch.as_tensor(sample.labels)
+    for result in results:
+        labels = torch.as_tensor(found[result.keep_ratio].labels)
+        try:
+            result.confusion.update(labels, truth)
+        except ValueError as error:
+            raise ValueError(f"{sample.name}: {error}") from error
+        result.agreement.update(labels, torch.as_tensor(found[1.0].labels))
+        if result.boundary is not None:
+            result.boundary.update(labels, truth)
+        result.seconds += times[str(result.keep_ratio)]
+        if first:
+            result.gflops = _gflops(model, image_processor, sample, result.keep_ratio)
+
+
+def _gflops(model: PreTrainedModel, image_processor: Any, sample: LabelledImage, keep_ratio: float) -> float | None:
+    from ..auto import AUTO_MODELS
+
+    if type(model.config) not in AUTO_MODELS:
+        return None
+    size = image_processor(sample.image, return_tensors="pt")["pixel_values"].shape[-2:]
+    return count_flops(model, *size, keep_ratio=keep_ratio, num_clusters=None) / 1e9
+
+
+def _add_processes(results: list[BudgetResult]) -> None:
+    """Sums of all processes' counts in every process; times one after the other."""
+    if PartialState().num_processes == 1:
+        return
+    for result in results:
+        for counter in (result.confusion, result.agreement, result.boundary):
+            if counter is not None:
+                counter.counts = torch.stack(gather_object([counter.counts])).sum(0)
+        result.seconds = gather_object(result.seconds)
+        result.gflops = gather_object([result.gflops])[0]
+
+
+def _tracked(indices: range, shown: bool) -> Any:
+    console = Console(stderr=True)
+    return track(indices, "evaluating", console=console, disable=not (shown and console.is_terminal), transient=True)

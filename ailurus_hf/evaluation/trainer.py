@@ -1,0 +1,54 @@
+"""Segmentation metrics for a plain `transformers.Trainer`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .segmentation import ConfusionMatrix
+
+__all__ = ["SegmentationMetrics", "predictions_from_logits"]
+
+
+def predictions_from_logits(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """`preprocess_logits_for_metrics`: label maps in place of logits, so that Trainer gathers little.
+
+    Args:
+        logits: (B, num_labels, h, w), or a tuple whose first entry they are.
+        labels: (B, H, W); smaller logits are resized to them, bilinear.
+    """
+    scores = logits if isinstance(logits, Tensor) else logits[0]
+    if scores.shape[-2:] != labels.shape[-2:]:
+        scores = torch.nn.functional.interpolate(scores.float(), size=tuple(labels.shape[-2:]), mode="bilinear")
+    return scores.argmax(1)
+
+
+class SegmentationMetrics:
+    """`compute_metrics` with `TrainingArguments(batch_eval_metrics=True)`: counts, no stored predictions.
+
+    Trainer fills label maps of different sizes up to one, across processes along the height only: use
+    `ailurus_hf.training.SegmentationTrainer` where pictures differ in size.
+
+    Args:
+        num_labels: number of classes.
+        ignore_index: label of pixels that do not count; Trainer's own filling, -100, never does.
+        id2label: names for the classes' IoU; None leaves it out.
+    """
+
+    def __init__(self, num_labels: int, ignore_index: int = 255, id2label: Mapping[int, str] | None = None) -> None:
+        self.num_labels, self.ignore_index, self.id2label = num_labels, ignore_index, id2label
+        self.matrix = ConfusionMatrix(num_labels, ignore_index)
+
+    def __call__(self, prediction: Any, compute_result: bool = True) -> dict[str, float]:
+        """Add a batch of label maps; the scores, and a new start, when `compute_result`."""
+        labels = torch.as_tensor(prediction.label_ids)
+        labels = torch.where(labels == -100, self.ignore_index, labels)
+        self.matrix.update(torch.as_tensor(prediction.predictions), labels)
+        if not compute_result:
+            return {}
+        matrix, self.matrix = self.matrix, ConfusionMatrix(self.num_labels, self.ignore_index)
+        scores = {"mean_iou": matrix.mean_iou(), "pixel_accuracy": matrix.pixel_accuracy()}
+        if self.id2label is not None:
+            scores |= {f"iou_{self.id2label[index]}": iou for index, iou in enumerate(matrix.iou().tolist())}
+        return scores
