@@ -169,6 +169,7 @@ def main(o: Options) -> None:
     if o.push_to and accelerator.is_main_process:
         HfApi().create_repo(o.push_to, exist_ok=True)
         HfApi().upload_folder(repo_id=o.push_to, folder_path=o.output_dir / "best")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -106,6 +106,7 @@ def main() -> None:
     trainer.create_model_card(license=options.license, dataset=options.dataset_name)
     if args.push_to_hub:
         trainer.push_to_hub(license=options.license, dataset=options.dataset_name)
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

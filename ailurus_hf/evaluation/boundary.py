@@ -43,8 +43,11 @@ class BoundaryScore:
         Raises:
             ValueError: as in `ConfusionMatrix.update`, or the maps are not two-dimensional.
         """
-        if labels.ndim != 2:
-            raise ValueError(f"labels must be (height, width), got shape {tuple(labels.shape)}")
+        if labels.ndim != 2 or predictions.shape != labels.shape:
+            raise ValueError(
+                "predictions and labels must both be (height, width), of the same shape, got "
+                f"{tuple(predictions.shape)} and {tuple(labels.shape)}"
+            )
         labels = labels.long().cpu()
         predictions = torch.where(labels == self.ignore_index, self.ignore_index, predictions.long().cpu())
         check_label_maps(predictions, labels, self.num_labels, self.ignore_index)

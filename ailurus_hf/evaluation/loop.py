@@ -144,7 +144,7 @@ def evaluate_segmentation(
         )
         for ratio in ratios
     ]
-    state = PartialState()
+    state = _processes()
     share = range(state.process_index, len(samples), state.num_processes)
     skipped: list[str] = []
     model.eval()
@@ -205,7 +205,7 @@ def _gflops(model: PreTrainedModel, image_processor: Any, sample: LabelledImage,
 
 def _add_processes(results: list[BudgetResult]) -> None:
     """Sums of all processes' counts in every process; times one after the other."""
-    if PartialState().num_processes == 1:
+    if _processes().num_processes == 1:
         return
     for result in results:
         for counter in (result.confusion, result.agreement, result.boundary):
@@ -213,6 +213,11 @@ def _add_processes(results: list[BudgetResult]) -> None:
                 counter.counts = torch.stack(gather_object([counter.counts])).sum(0)
         result.seconds = gather_object(result.seconds)
         result.gflops = gather_object([result.gflops])[0]
+
+
+def _processes() -> PartialState:
+    """The processes that were launched together; without an accelerator they must be told to be on the CPU."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def _tracked(indices: range, shown: bool) -> Any:

@@ -1,0 +1,144 @@
+"""Evaluating at several budgets: the same as one picture after the other by hand, on one process and on two."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ailurus_hf import AiluRusForSemanticSegmentation, AiluRusImageProcessor, AiluRusSegformerForSemanticSegmentation
+from ailurus_hf.evaluation import ConfusionMatrix, class_scores, evaluate_segmentation, segment_image
+from ailurus_hf.images import ImageFileError
+from ailurus_hf.training import SegmentationFolder
+from tests.factories import random_images, tiny_model, tiny_segformer
+from tests.training.files import IGNORE, NUM_LABELS, write_camvid, write_labels
+
+PROCESSOR = AiluRusImageProcessor()
+ROOT = Path(__file__).parents[2]
+
+
+def network(**settings):
+    return tiny_model(
+        AiluRusForSemanticSegmentation, num_labels=NUM_LABELS, semantic_loss_ignore_index=IGNORE, **settings
+    )
+
+
+@pytest.fixture
+def samples(tmp_path):
+    return SegmentationFolder.camvid(write_camvid(tmp_path / "data", val=3), "val")
+
+
+def test_every_budget_equals_a_loop(samples):
+    model = network(num_clusters=3)
+    report = evaluate_segmentation(model, PROCESSOR, samples, (0.5, 0.25), boundary=True, progress=False)
+    assert [result.keep_ratio for result in report.budgets] == [1, 0.5, 0.25]
+    dense = [segment_image(network(keep_ratio=1), PROCESSOR, sample.image).labels for sample in samples]
+    for result in report.budgets:
+        matrix, equal = ConfusionMatrix(NUM_LABELS, IGNORE), []
+        for sample, labels in zip(samples, dense, strict=True):
+            found = segment_image(network(keep_ratio=result.keep_ratio), PROCESSOR, sample.image).labels
+            matrix.update(torch.tensor(found), torch.tensor(sample.labels))
+            equal.append((found == labels).mean())
+        assert torch.equal(result.confusion.counts, matrix.counts)
+        assert result.agreement.share() == pytest.approx(np.mean(equal))
+        assert len(result.seconds) == 3
+    assert report.budgets[0].gflops > report.budgets[1].gflops > report.budgets[2].gflops
+    assert (model.config.num_clusters, model.config.keep_ratio) == (3, 0.5)  # as it was
+    rows = report.rows()
+    assert rows[0]["speed_up"] == rows[0]["agreement"] == 1
+    assert json.loads(json.dumps(report.to_dict()))["budgets"][2]["iou"].keys() == {*report.id2label.values()}
+
+
+def test_hierarchical_models(samples):
+    model = tiny_segformer(AiluRusSegformerForSemanticSegmentation, num_labels=NUM_LABELS)
+    report = evaluate_segmentation(model, PROCESSOR, samples, (0.5,), ignore_index=IGNORE, progress=False)
+    assert report.budgets[1].agreement.share() < 1
+
+
+def test_views_are_averaged():
+    model, pixels = network(keep_ratio=0.5), random_images(2, 40, 56)
+    with torch.no_grad():
+        logits = model(pixels).logits
+        mirrored = model(pixels.flip(-1)).logits.flip(-1)
+        small = torch.nn.functional.interpolate(pixels, size=(20, 28), mode="bilinear")
+        shrunk = torch.nn.functional.interpolate(model(small).logits, size=(40, 56), mode="bilinear")
+    assert torch.equal(class_scores(model, pixels), logits)
+    expected = (logits.softmax(1) + mirrored.softmax(1)) / 2
+    torch.testing.assert_close(class_scores(model, pixels, flip=True), expected)
+    expected = (logits.softmax(1) + shrunk.softmax(1)) / 2
+    torch.testing.assert_close(class_scores(model, pixels, scales=(1, 0.5)), expected)
+    assert class_scores(model, pixels, (80, 30), flip=True, scales=(0.5, 2)).shape == (2, NUM_LABELS, 80, 30)
+    with pytest.raises(ValueError, match="scales must be one or more numbers above 0"):
+        class_scores(model, pixels, scales=(0,))
+    with pytest.raises(ValueError, match="sliding_window needs"):
+        class_scores(model, pixels, sliding_window=True)
+
+
+def test_views_of_a_picture(samples):
+    model, image = network(keep_ratio=0.5, window_size=32), samples[0].image
+    pixels = PROCESSOR(image, return_tensors="pt")["pixel_values"]
+    for views in ({"flip": True}, {"scales": (0.5, 1)}, {"sliding_window": True, "flip": True}):
+        found = segment_image(model, PROCESSOR, image, **views)
+        np.testing.assert_array_equal(found.labels, class_scores(model, pixels, **views)[0].argmax(0))
+        assert found.clusters is None
+
+
+def test_broken_samples(tmp_path, samples):
+    with pytest.raises(ValueError, match="at least one picture"):
+        evaluate_segmentation(network(), PROCESSOR, [])
+    file = samples.pairs[1][0]
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(ImageFileError, match=file.name):
+        evaluate_segmentation(network(), PROCESSOR, samples, progress=False)
+    report = evaluate_segmentation(network(), PROCESSOR, samples, (1,), skip_unreadable=True, progress=False)
+    assert report.num_pictures == 2
+    assert file.name in report.skipped[0]
+    write_labels(samples.pairs[2][1], np.full((40, 56), 7))
+    samples.rule.num_labels = None
+    with pytest.raises(ValueError, match=r"002\.png: labels must be classes from 0 to 3"):
+        evaluate_segmentation(network(), PROCESSOR, samples, (1,), skip_unreadable=True, progress=False)
+    for picture, _ in samples.pairs:
+        picture.write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 3 samples could be read"):
+        evaluate_segmentation(network(), PROCESSOR, samples, (1,), skip_unreadable=True, progress=False)
+
+
+SCRIPT = """
+import sys, json, torch
+from accelerate import PartialState
+from ailurus_hf import AiluRusForSemanticSegmentation, AiluRusImageProcessor
+from ailurus_hf.evaluation import evaluate_segmentation
+from ailurus_hf.training import SegmentationFolder
+model = AiluRusForSemanticSegmentation.from_pretrained(sys.argv[1])
+samples = SegmentationFolder.camvid(sys.argv[2], "val")
+report = evaluate_segmentation(model, AiluRusImageProcessor(), samples, (1, 0.25), boundary=True)
+if PartialState().is_main_process:
+    names = ("mean_iou", "pixel_accuracy", "mean_accuracy", "boundary_f", "agreement", "gflops")
+    scores = [[row[name] for name in names] for row in report.rows()]
+    json.dump({"processes": PartialState().num_processes, "pictures": report.num_pictures, "scores": scores,
+               "counts": report.budgets[1].confusion.counts.tolist()}, open(sys.argv[3], "w"))
+PartialState().wait_for_everyone()
+PartialState().destroy_process_group()
+"""
+
+
+def test_two_processes_count_every_picture_once(tmp_path):
+    """Three pictures on two processes: the second has one less."""
+    write_camvid(tmp_path / "data", val=3)
+    network().save_pretrained(tmp_path / "model")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    found = []
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    for number, launcher in enumerate(([], torchrun)):
+        result = tmp_path / f"{number}.json"
+        arguments = [tmp_path / "script.py", tmp_path / "model", tmp_path / "data", result]
+        subprocess.run([sys.executable, *launcher, *map(str, arguments)], check=True, env=environment, timeout=200)
+        found.append(json.loads(result.read_text()))
+    assert [run.pop("processes") for run in found] == [1, 2]
+    assert found[0] == found[1]
+    assert found[0]["pictures"] == 3

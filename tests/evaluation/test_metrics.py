@@ -1,0 +1,221 @@
+"""Metrics against loops over pixels, hand-made cases, and as modules of the `evaluate` library."""
+
+import math
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import EvalPrediction
+
+from ailurus_hf.evaluation import (
+    Agreement,
+    BoundaryScore,
+    ConfusionMatrix,
+    DepthErrors,
+    SegmentationMetrics,
+    load_metric,
+    predictions_from_logits,
+)
+from ailurus_hf.evaluation.streaming import metric_names
+from tests.reference import metrics as reference
+
+NUM, IGNORE = 4, 9
+
+
+def pictures(seed, count=3, ignored=True, largest=9):
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        shape = rng.integers(1, largest + 1, size=2)
+        truth, prediction = rng.integers(NUM - 1, size=shape), rng.integers(NUM - 1, size=shape)
+        if ignored:
+            truth[rng.random(shape) < 0.2] = IGNORE
+        found.append((prediction, truth))
+    return found
+
+
+def filled(counter, pairs):
+    for prediction, truth in pairs:
+        counter.update(torch.tensor(prediction), torch.tensor(truth))
+    return counter
+
+
+@given(st.integers(0, 10_000))
+def test_confusion_equals_loops(seed):
+    pairs = pictures(seed)
+    matrix = filled(ConfusionMatrix(NUM, IGNORE), pairs)
+    expected = reference.iou_by_class(pairs, NUM, IGNORE)
+    np.testing.assert_allclose(matrix.iou(), expected)
+    assert math.isnan(expected[-1])  # a class that never occurs does not count
+    by_class, overall = reference.accuracy_by_class(pairs, NUM, IGNORE)
+    np.testing.assert_allclose(matrix.class_accuracy(), by_class)
+    np.testing.assert_allclose(matrix.pixel_accuracy(), overall)
+    if matrix.counts.sum():
+        assert matrix.mean_iou() == pytest.approx(np.nanmean(expected))
+
+
+@given(st.integers(0, 10_000), st.sampled_from([0.0, 0.1, 0.3]))
+def test_boundary_score_equals_loops(seed, tolerance):
+    pairs = pictures(seed)
+    score = filled(BoundaryScore(NUM, IGNORE, tolerance), pairs)
+    np.testing.assert_allclose(score.f_score(), reference.boundary_f(pairs, NUM, IGNORE, tolerance))
+
+
+@given(st.integers(0, 10_000))
+def test_depth_equals_loops(seed):
+    rng = np.random.default_rng(seed)
+    pairs = [(rng.uniform(-1, 20, (3, 5)), rng.uniform(0.2, 12, (3, 5))) for _ in range(3)]
+    for _, truth in pairs:
+        truth[0, :3] = [np.nan, 0, np.inf]
+    found = filled(DepthErrors(0.1, 10.0), pairs).compute()
+    assert found == pytest.approx(reference.depth_errors(pairs, 0.1, 10.0))
+
+
+@given(st.integers(0, 10_000), st.integers(0, 6))
+def test_parts_add_up_and_order_does_not_matter(seed, cut):
+    pairs = pictures(seed, 6)
+    for make in (lambda: ConfusionMatrix(NUM, IGNORE), lambda: BoundaryScore(NUM, IGNORE), Agreement):
+        whole = filled(make(), pairs)
+        first, second = filled(make(), pairs[:cut]), filled(make(), pairs[cut:])
+        assert torch.equal(first.counts + second.counts, whole.counts)
+        assert torch.equal(filled(make(), pairs[::-1]).counts, whole.counts)
+
+
+def test_hand_made_cases():
+    matrix = ConfusionMatrix(3, 255)
+    matrix.update(torch.tensor([[0]]), torch.tensor([[0]]))  # one pixel
+    assert matrix.mean_iou() == matrix.pixel_accuracy() == 1
+    matrix.update(torch.tensor([[1, 0]]), torch.tensor([[255, 255]]))  # all ignored: nothing changes
+    assert matrix.counts.sum() == 1
+    matrix.update(torch.tensor([[0, 1]]), torch.tensor([[1, 1]]))
+    assert matrix.iou()[:2].tolist() == [0.5, 0.5]
+    assert matrix.summary({0: "sky", 1: "road", 2: "cat"})["iou"] == {"sky": 0.5, "road": 0.5, "cat": None}
+    empty = ConfusionMatrix(3)
+    assert math.isnan(empty.mean_iou())
+    assert empty.summary()["mean_iou"] is None
+
+
+def test_hand_made_boundaries():
+    truth = torch.zeros(1, 40, dtype=torch.int64)
+    truth[:, 20:] = 1
+    exact, near, far = (truth.roll(shift, 1) for shift in (0, 2, 8))
+    near[:, :2] = far[:, :8] = 0
+
+    def score(prediction):
+        counter = BoundaryScore(2, tolerance=0.06)  # of 40 pixels: 2.4
+        counter.update(prediction, truth)
+        return counter.mean_f_score()
+
+    assert (score(exact), score(near), score(far)) == (1, 1, 0)
+    assert score(torch.zeros_like(truth)) == 0  # no boundary where there is one
+    flat = BoundaryScore(2)
+    flat.update(torch.zeros_like(truth), torch.zeros_like(truth))
+    assert math.isnan(flat.mean_f_score())
+
+
+def test_hand_made_depth():
+    truth = torch.tensor([[1.0, 2.0, 4.0]])
+    perfect = DepthErrors()
+    perfect.update(truth, truth)
+    assert perfect.compute() == {"abs_rel": 0, "rmse": 0, "rmse_log": 0, "delta1": 1, "delta2": 1, "delta3": 1}
+    for align, prediction in (("median", 7 * truth), ("least_squares", 3 * truth + 2)):
+        relative = DepthErrors(align=align)
+        relative.update(prediction, truth)
+        assert relative.compute()["rmse"] == pytest.approx(0, abs=1e-9)
+    constant = DepthErrors(align="least_squares")
+    constant.update(torch.full_like(truth, 5), truth)
+    assert constant.compute()["rmse"] == pytest.approx(math.sqrt(14 / 9))
+    unknown = DepthErrors()
+    unknown.update(truth, torch.zeros_like(truth))
+    assert all(math.isnan(value) for value in unknown.compute().values())
+
+
+def test_mistakes_are_explained():
+    ones = torch.ones(2, 2, dtype=torch.int64)
+    for counter in (ConfusionMatrix(2), BoundaryScore(2)):
+        with pytest.raises(
+            ValueError, match="labels must be classes from 0 to 1 or ignore_index=255, got values from 2"
+        ):
+            counter.update(ones, ones * 2)
+        with pytest.raises(ValueError, match="predictions must be classes from 0 to 1, got values from 3 to 3"):
+            counter.update(ones * 3, ones)
+        with pytest.raises(ValueError, match="same shape"):
+            counter.update(ones[:1], ones)
+    with pytest.raises(ValueError, match=r"must both be \(height, width\), of the same shape, got \(2,\)"):
+        BoundaryScore(2).update(ones[0], ones[0])
+    with pytest.raises(ValueError, match="tolerance must be at least 0"):
+        BoundaryScore(2, tolerance=-1)
+    with pytest.raises(ValueError, match="align must be None"):
+        DepthErrors(align="mean")
+    with pytest.raises(ValueError, match="0 < min_depth < max_depth"):
+        DepthErrors(5, 1)
+    with pytest.raises(ValueError, match="predictions must be finite"):
+        DepthErrors().update(torch.tensor([[math.nan]]), torch.tensor([[1.0]]))
+    with pytest.raises(ValueError, match="same shape"):
+        Agreement().update(ones, ones[:1])
+
+
+def test_evaluate_loads_every_metric_offline():
+    assert metric_names() == ["agreement", "boundary_f", "depth", "mean_iou"]
+    pairs = pictures(1, 4)
+    predictions, references = ([pair[index] for pair in pairs] for index in (0, 1))
+    iou = load_metric("mean_iou", num_labels=NUM, ignore_index=IGNORE, id2label={0: "a", 1: "b", 2: "c", 3: "d"})
+    at_once = iou.compute(predictions=predictions, references=references)
+    matrix = filled(ConfusionMatrix(NUM, IGNORE), pairs)
+    assert at_once["mean_iou"] == matrix.mean_iou()
+    assert at_once["iou/b"] == matrix.iou()[1]
+    iou.add(prediction=predictions[0].tolist(), reference=references[0].tolist())
+    iou.add_batch(predictions=predictions[1:], references=references[1:])
+    assert iou.compute() == pytest.approx(at_once, nan_ok=True)
+    boundary = load_metric("boundary_f", num_labels=NUM, ignore_index=IGNORE)
+    expected = filled(BoundaryScore(NUM, IGNORE), pairs).mean_f_score()
+    assert boundary.compute(predictions=predictions, references=references)["boundary_f"] == expected
+    assert load_metric("agreement").compute(predictions=predictions, references=predictions) == {"agreement": 1}
+    depth = load_metric("depth", align="median")
+    assert depth.compute(predictions=[np.array([[2.0, 4]])], references=[np.array([[1.0, 2]])])["abs_rel"] == 0
+
+
+def test_evaluate_modules_combine_and_keep_nothing_on_disk(tmp_path, monkeypatch):
+    both = evaluate.combine(
+        [load_metric(name, num_labels=NUM, ignore_index=IGNORE) for name in ("mean_iou", "boundary_f")]
+    )
+    prediction, truth = pictures(2, 1)[0]
+    both.add_batch(predictions=[prediction], references=[truth])
+    assert {"mean_iou", "boundary_f"} <= both.compute().keys()
+    metric = load_metric("mean_iou", num_labels=NUM, cache_dir=str(tmp_path))
+    metric.compute(predictions=[np.zeros((64, 64), dtype=int)], references=[np.zeros((64, 64), dtype=int)])
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_evaluate_modules_explain_mistakes():
+    with pytest.raises(ValueError, match="name must be one of agreement, boundary_f, depth, mean_iou, got 'dice'"):
+        load_metric("dice")
+    with pytest.raises(ValueError, match="num_process must be 1, got 2"):
+        load_metric("agreement", num_process=2)
+    metric = load_metric("agreement")
+    with pytest.raises(TypeError, match="unknown argument num_labels"):
+        metric.compute(predictions=[], references=[], num_labels=3)
+    with pytest.raises(ValueError, match="a reference for each of the 1 predictions, got 2"):
+        metric.add_batch(predictions=[[[1]]], references=[[[1]], [[1]]])
+
+
+def test_trainer_metrics_stream_over_batches():
+    pairs = pictures(3, 5, largest=1)
+    metrics = SegmentationMetrics(NUM, IGNORE, {0: "a", 1: "b", 2: "c", 3: "d"})
+    for number, (prediction, truth) in enumerate(pairs):
+        filling = np.full_like(truth, -100)
+        batch = EvalPrediction(np.stack([prediction, filling]), np.stack([truth, filling]))
+        scores = metrics(batch, compute_result=number == 4)
+    matrix = filled(ConfusionMatrix(NUM, IGNORE), pairs)
+    assert scores["pixel_accuracy"] == matrix.pixel_accuracy()
+    assert scores["iou_a"] == pytest.approx(matrix.iou()[0].item(), nan_ok=True)
+    assert metrics.matrix.counts.sum() == 0
+
+
+def test_logits_become_label_maps_of_the_labels_size():
+    logits = torch.randn(2, 3, 4, 5)
+    assert torch.equal(predictions_from_logits((logits, None), torch.zeros(2, 4, 5)), logits.argmax(1))
+    assert predictions_from_logits(logits, torch.zeros(2, 8, 10)).shape == (2, 8, 10)
