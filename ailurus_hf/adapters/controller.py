@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from ..modeling.configuration_ailurus import AdaptiveResolutionSettings
+from ..modeling.configuration_ailurus import AdaptiveResolutionMixin, AdaptiveResolutionSettings
 from .call_state import CallStates
 from .families import FamilySpec
 from .layer_call import LayerCall, positional_parameters
@@ -57,7 +58,7 @@ class CallState:
         current: the one that is running.
     """
 
-    settings: AdaptiveResolutionSettings
+    settings: AdaptiveResolutionMixin
     grid: tuple[int, ...]
     segments: Sequence[range]
     order: Tensor | None = None
@@ -98,18 +99,20 @@ class EncoderController:
         )
 
     @property
-    def settings(self) -> AdaptiveResolutionSettings:
+    def settings(self) -> AdaptiveResolutionMixin:
         """The settings of `config.ailurus`, checked whenever they changed.
 
         Raises:
             ValueError: one of them is out of range, of the wrong type or unknown.
         """
         given = self.config.ailurus
+        if torch.compiler.is_compiling():
+            return AdaptiveResolutionMixin(**given)  # the same without checks, which cannot be traced
         if given != self._given:
             self._settings, self._given = check_settings(given), dict(given)
         return self._settings
 
-    def segments(self, settings: AdaptiveResolutionSettings) -> Sequence[range]:
+    def segments(self, settings: AdaptiveResolutionMixin) -> Sequence[range]:
         """Stretches of layers that run on merged tokens under these settings.
 
         Raises:

@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..modeling.configuration_ailurus import AdaptiveResolutionSettings
+from ..modeling.configuration_ailurus import AdaptiveResolutionMixin
 from .arguments import KeyBias, MergedArguments, RotaryPositions
 
 
@@ -35,7 +35,7 @@ def grid_of_convolution(output: Tensor) -> tuple[int, ...]:
     return tuple(output.shape[2:])
 
 
-def one_segment(settings: AdaptiveResolutionSettings, num_layers: int, config: Any) -> Sequence[range]:
+def one_segment(settings: AdaptiveResolutionMixin, num_layers: int, config: Any) -> Sequence[range]:
     """All layers from `cluster_layer` to the dense tail."""
     return (settings.merged_layers(num_layers),)
 
@@ -67,7 +67,7 @@ class FamilySpec:
     suffix: str = ""
     bias: MergedArguments = field(default_factory=KeyBias)
     positions: MergedArguments = field(default_factory=MergedArguments)
-    segments: Callable[[AdaptiveResolutionSettings, int, Any], Sequence[range]] = one_segment
+    segments: Callable[[AdaptiveResolutionMixin, int, Any], Sequence[range]] = one_segment
     grid: Callable[[Any], tuple[int, ...]] = grid_of_convolution
     order: tuple[str, int] | None = None
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..modeling.configuration_ailurus import AdaptiveResolutionSettings
+from ..modeling.configuration_ailurus import AdaptiveResolutionMixin
 from ..modeling.token_clustering import cluster_tokens, resolve_num_clusters
 from ..modeling.token_merging import TokenGroups, group_tokens, merge_tokens, unfold_tokens
 
@@ -46,7 +46,7 @@ class MergedSequence(NamedTuple):
         return torch.cat([prefix, groups.representatives + self.num_prefix, suffix], dim=1)
 
 
-def choose_groups(tokens: Tensor, grid: tuple[int, ...], settings: AdaptiveResolutionSettings) -> TokenGroups | None:
+def choose_groups(tokens: Tensor, grid: tuple[int, ...], settings: AdaptiveResolutionMixin) -> TokenGroups | None:
     """Cluster patch tokens (batch_size, N, hidden_size) on their grid; None where the settings merge nothing."""
     num_tokens = math.prod(grid)
     num_clusters = resolve_num_clusters(num_tokens, settings.keep_ratio, settings.num_clusters)
@@ -67,7 +67,7 @@ def merge_sequence(
     sequence: Tensor,
     grid: tuple[int, ...],
     num_suffix: int,
-    settings: AdaptiveResolutionSettings,
+    settings: AdaptiveResolutionMixin,
     order: Tensor | None = None,
 ) -> tuple[Tensor, MergedSequence | None]:
     """Merge the patch tokens of a sequence; tokens in front of them and behind pass untouched.
