@@ -18,13 +18,19 @@ _PUBLIC = {
     "AiluRusSegformerConfig": "modeling.configuration_ailurus_segformer",
     "AiluRusSegformerForSemanticSegmentation": "modeling.modeling_ailurus_segformer",
     "AiluRusSegformerModel": "modeling.modeling_ailurus_segformer",
+    "apply_ailurus": "adapters",
     "convert_checkpoint": "conversion",
+    "remove_ailurus": "adapters",
     "save_with_code": "hub",
+    "supported_families": "adapters",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:
+    from .adapters import apply_ailurus as apply_ailurus
+    from .adapters import remove_ailurus as remove_ailurus
+    from .adapters import supported_families as supported_families
     from .conversion import convert_checkpoint as convert_checkpoint
     from .hub import save_with_code as save_with_code
     from .modeling.configuration_ailurus import AiluRusConfig as AiluRusConfig

@@ -59,8 +59,11 @@ def test_public_names():
         "AiluRusSegformerConfig",
         "AiluRusSegformerForSemanticSegmentation",
         "AiluRusSegformerModel",
+        "apply_ailurus",
         "convert_checkpoint",
+        "remove_ailurus",
         "save_with_code",
+        "supported_families",
     }
     for name in ailurus_hf.__all__:
         assert getattr(ailurus_hf, name) is not None

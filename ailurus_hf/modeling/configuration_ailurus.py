@@ -88,6 +88,12 @@ class AdaptiveResolutionMixin:
 
 
 @strict
+@dataclass
+class AdaptiveResolutionSettings(AdaptiveResolutionMixin):
+    """The eight settings by themselves, for models whose configuration is not this package's."""
+
+
+@strict
 class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConfig):
     """Configuration of a plain vision transformer with adaptive resolution.
 
@@ -269,4 +275,4 @@ class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConf
         self.merged_layers(self.num_hidden_layers)
 
 
-__all__ = ["AdaptiveResolutionMixin", "AiluRusConfig"]
+__all__ = ["AdaptiveResolutionMixin", "AdaptiveResolutionSettings", "AiluRusConfig"]

@@ -1,0 +1,6 @@
+"""Models of transformers made adaptive in place; see `apply.py`, and `families.py` for the encoders."""
+
+from .apply import apply_ailurus, remove_ailurus, supported_families
+from .families import FamilySpec
+
+__all__ = ["FamilySpec", "apply_ailurus", "remove_ailurus", "supported_families"]

@@ -1,0 +1,167 @@
+"""Making models of transformers adaptive, in place, and putting them back."""
+
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from .controller import EncoderController, check_settings, controllers_of
+from .families import FAMILIES, FamilySpec
+
+
+class _Kept:
+    """Default of a setting that is not given: as `model.config.ailurus` says, else the general default."""
+
+    def __repr__(self) -> str:
+        return "<kept>"
+
+
+_KEPT: Any = _Kept()
+
+
+def apply_ailurus(
+    model: nn.Module,
+    cluster_layer: int = _KEPT,
+    keep_ratio: float = _KEPT,
+    num_clusters: int | None = _KEPT,
+    num_neighbors: int = _KEPT,
+    neighborhood_size: int = _KEPT,
+    spatial_alpha: float = _KEPT,
+    unfold: str = _KEPT,
+    tail_layers: int = _KEPT,
+    *,
+    family: str | FamilySpec | None = None,
+) -> nn.Module:
+    """Make every known vision encoder in a transformers model run its later layers on fewer tokens.
+
+    The model is changed in place, by hooks: classes, parameters, checkpoints and the shapes of all outputs stay as
+    they are, and `remove_ailurus` puts it back exactly. The settings are those of `AiluRusConfig`. They are stored in
+    `model.config.ailurus`, a plain dictionary that travels with `save_pretrained`, and read there on every forward:
+    `model.config.ailurus["keep_ratio"] = 0.25` holds from the next one on. A setting that is not given comes from
+    there where it exists, so `apply_ailurus(model)` makes a reloaded model adaptive as it was, and applying again
+    changes settings only. An encoder inside a larger model, such as the backbone of a depth estimator, is found
+    wherever it sits; a model with several is adapted in all of them, with the same settings.
+
+    Args:
+        model: a model of transformers, or a submodel of one.
+        cluster_layer: number of layers that run on all tokens before the tokens are clustered; 2 by default.
+        keep_ratio: share of patch tokens kept, above 0 and at most 1; at 1 nothing is merged; 0.5 by default. Given
+            without `num_clusters`, it clears a stored count, which would win over it.
+        num_clusters: exact number of tokens kept; None by default.
+        num_neighbors: how many nearest neighbours make a token's density; 1 by default.
+        neighborhood_size: how many grid positions around a token count as its neighbourhood; 50 by default.
+        spatial_alpha: weight of the feature distance alone, between 0 and 1; 0.9 by default.
+        unfold: how the grid comes back, "residual" (default) or "copy".
+        tail_layers: number of last layers that run on all tokens again; 0 by default.
+        family: name of a family, where only its encoders are to be adapted, or a `FamilySpec`, the row of an encoder
+            that the table lacks.
+
+    Returns:
+        The model that was given.
+
+    Raises:
+        TypeError: the model has no transformers configuration.
+        ValueError: it holds no vision encoder, or none of a family in the table; or a setting is out of range.
+    """
+    config = _config_of(model)
+    given = {
+        "cluster_layer": cluster_layer,
+        "keep_ratio": keep_ratio,
+        "num_clusters": num_clusters,
+        "num_neighbors": num_neighbors,
+        "neighborhood_size": neighborhood_size,
+        "spatial_alpha": spatial_alpha,
+        "unfold": unfold,
+        "tail_layers": tail_layers,
+    }
+    settings = asdict(check_settings(_with_stored(config, given)))
+    known = controllers_of(model)
+    adapted = {id(controller.owner) for controller in known}
+    fresh = [
+        EncoderController(module, spec, config)
+        for module, spec in _encoders(model, family)
+        if id(module) not in adapted
+    ]
+    if not known and not fresh:
+        raise ValueError(_nothing_found(model, family))
+    for controller in [*known, *fresh]:
+        controller.segments(check_settings(settings))  # raises before anything is changed
+    config.ailurus = settings
+    for controller in known:
+        controller.config = config
+    for controller in fresh:
+        controller.install()
+    return model
+
+
+def remove_ailurus(model: nn.Module) -> nn.Module:
+    """Put a model changed by `apply_ailurus` back: outputs bit for bit as before, no hook and no setting left.
+
+    A model that is not adapted is left alone.
+
+    Returns:
+        The model that was given.
+    """
+    for controller in controllers_of(model):
+        controller.remove()
+        vars(controller.config).pop("ailurus", None)
+    for module in model.modules():
+        vars(getattr(module, "config", module)).pop("ailurus", None)
+    return model
+
+
+def supported_families() -> tuple[str, ...]:
+    """Names of the families of vision encoders that `apply_ailurus` knows, in alphabetical order."""
+    return tuple(sorted(spec.family for spec in FAMILIES))
+
+
+def _config_of(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        raise TypeError(
+            f"model must be a transformers model, whose config keeps the settings; {type(model).__name__} has none: "
+            "give the transformers model inside it"
+        )
+    return config
+
+
+def _with_stored(config: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were given, and the stored ones in place of those that were not."""
+    given = {name: value for name, value in given.items() if value is not _KEPT}
+    stored = dict(getattr(config, "ailurus", {}))
+    if "keep_ratio" in given:
+        stored.pop("num_clusters", None)
+    return stored | given
+
+
+def _encoders(model: nn.Module, family: str | FamilySpec | None) -> list[tuple[nn.Module, FamilySpec]]:
+    """All vision encoders in the model that one of the rows describes, each with its row."""
+    rows = (family,) if isinstance(family, FamilySpec) else FAMILIES
+    if isinstance(family, str):
+        rows = tuple(row for row in FAMILIES if row.family == family)
+        if not rows:
+            raise ValueError(f"family must be one of {', '.join(supported_families())}, got {family!r}; {_OWN_ROW}")
+    return [(module, row) for module in model.modules() for row in rows if row.owns(module)]
+
+
+_OWN_ROW = (
+    "an encoder that the table lacks takes a row of its own, family=FamilySpec(...), which "
+    "ailurus_hf.adapters.probe(model, pixel_values) tries to find"
+)
+
+
+def _nothing_found(model: nn.Module, family: str | FamilySpec | None) -> str:
+    name = type(model).__name__
+    if isinstance(family, FamilySpec):
+        return f"{name} holds no module of class {' or '.join(family.owners)}, which family={family.family!r} names"
+    if not any("image" in _modalities(module) or "video" in _modalities(module) for module in model.modules()):
+        return f"{name} has no vision encoder: apply_ailurus merges the patch tokens of images"
+    if family is not None:
+        return f"{name} holds no encoder of family {family!r}; leave family out to adapt whatever the table knows"
+    return f"{name} holds no encoder of a known family ({', '.join(supported_families())}); {_OWN_ROW}"
+
+
+def _modalities(module: nn.Module) -> tuple[str, ...]:
+    modalities = getattr(module, "input_modalities", ())
+    return (modalities,) if isinstance(modalities, str) else tuple(modalities or ())

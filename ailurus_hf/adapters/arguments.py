@@ -1,0 +1,161 @@
+"""What layers must be told to run on merged tokens: how much each token weighs, and where it is.
+
+Every strategy is one small frozen class that computes arguments of the layer from the merged sequence, once, when the
+tokens are merged. They travel as *arguments* because gradient checkpointing runs a layer a second time, when everything
+that surrounded the first run is gone.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..modeling.token_merging import size_weighted_attention
+from .layer_call import LayerCall
+from .sequence import MergedSequence
+
+_PREFIX = "ailurus_"
+_EAGER_ATTENTION: dict[type[nn.Module], Callable[..., Any]] = {}  # attention class -> eager function of its file
+
+
+@dataclass(frozen=True)
+class MergedArguments:
+    """Arguments that layers get while they run on merged tokens. This one gives none.
+
+    Subclasses override `compute`, and `install` with `remove` where the model itself must be prepared.
+    """
+
+    def compute(self, call: LayerCall, merged: MergedSequence) -> dict[str, Any]:
+        """Arguments for all layers of a merged stretch, from the call of its first layer on the full sequence."""
+        return {}
+
+    def install(self, layers: Iterable[nn.Module]) -> None:
+        """Prepare the layers; called on every forward, so that later changes of the model are seen."""
+
+    def remove(self, layers: Iterable[nn.Module]) -> None:
+        """Undo `install`."""
+
+
+@dataclass(frozen=True)
+class KeyBias(MergedArguments):
+    """Sizes as the keyword argument `ailurus_key_bias`, for layers that hand keyword arguments to the attention
+    interface. Runs on eager, SDPA, flex and flash attention.
+
+    While installed, the name of the model's attention function is prefixed with "ailurus_": the function of that name
+    adds the sizes, and calls the original.
+    """
+
+    mask: str = "attention_mask"
+
+    def compute(self, call: LayerCall, merged: MergedSequence) -> dict[str, Any]:
+        _refuse_mask(call, self.mask)
+        return {"ailurus_key_bias": merged.log_sizes()}
+
+    def install(self, layers: Iterable[nn.Module]) -> None:
+        for config in _attention_configs(layers):
+            if not config._attn_implementation.startswith(_PREFIX):
+                _register_eager(layers)
+                config._attn_implementation_internal = _register(config._attn_implementation)
+
+    def remove(self, layers: Iterable[nn.Module]) -> None:
+        for config in _attention_configs(layers):
+            config._attn_implementation_internal = config._attn_implementation.removeprefix(_PREFIX)
+
+
+@dataclass(frozen=True)
+class MaskBias(MergedArguments):
+    """Sizes as an additive float mask, for layers that hand nothing else to their attention.
+
+    Only eager and SDPA attention add float masks.
+    """
+
+    argument: str = "attention_mask"
+
+    def compute(self, call: LayerCall, merged: MergedSequence) -> dict[str, Any]:
+        _refuse_mask(call, self.argument)
+        return {self.argument: merged.log_sizes()[:, None, None, :].to(call.args[0].dtype)}
+
+    def install(self, layers: Iterable[nn.Module]) -> None:
+        for config in _attention_configs(layers):
+            if config._attn_implementation not in ("eager", "sdpa"):
+                raise ValueError(
+                    "this family takes the sizes of merged tokens as an additive mask, which needs attn_implementation "
+                    f"'sdpa' or 'eager', got {config._attn_implementation!r}; call "
+                    "model.set_attn_implementation('sdpa') first"
+                )
+
+
+@dataclass(frozen=True)
+class RotaryPositions(MergedArguments):
+    """Rotary tables of the patch tokens, a pair of (N, head_dim), gathered for each image's representatives."""
+
+    argument: str = "position_embeddings"
+
+    def compute(self, call: LayerCall, merged: MergedSequence) -> dict[str, Any]:
+        representatives = merged.groups.representatives
+        return {self.argument: tuple(table[representatives][:, None] for table in call.get(self.argument))}
+
+
+def _refuse_mask(call: LayerCall, name: str) -> None:
+    if call.get(name) is not None:
+        raise ValueError(
+            f"{name} must be None where tokens are merged, got a mask: images padded to one size, or several packed in "
+            "one sequence, cannot be clustered; batch images of one size, or call remove_ailurus(model)"
+        )
+
+
+def _attention_configs(layers: Iterable[nn.Module]) -> Iterator[Any]:
+    """Configurations that name the attention function of these layers, each once."""
+    seen = set()
+    for layer in layers:
+        for module in layer.modules():
+            config = getattr(module, "config", None)
+            if getattr(config, "_attn_implementation", None) is not None and id(config) not in seen:
+                seen.add(id(config))
+                yield config
+
+
+def _register_eager(layers: Iterable[nn.Module]) -> None:
+    """Remember the eager function of each attention class; unlike the others it has no name in the interface."""
+    for layer in layers:
+        for module in layer.modules():
+            function = inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
+            if function is not None:
+                _EAGER_ATTENTION[type(module)] = function
+
+
+def _register(implementation: str) -> str:
+    """Register the attention function that weighs keys and otherwise is `implementation`; return its name."""
+    name = _PREFIX + implementation
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, partial(_attention, implementation))
+        if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
+            # Without it transformers would drop the user's padding masks in silence.
+            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    return name
+
+
+def _attention(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    ailurus_key_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function `implementation`, with keys weighed by (batch_size, num_tokens) logarithms of sizes."""
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _EAGER_ATTENTION.get(type(module)))
+    if ailurus_key_bias is None:
+        return attention(module, query, key, value, attention_mask, **kwargs)
+    kwargs["scaling"] = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    # Layers that look at several windows at once have joined their sequences, and so are the sizes.
+    sizes = ailurus_key_bias.reshape(key.shape[0], key.shape[2])
+    return size_weighted_attention(attention, implementation, module, query, key, value, sizes, **kwargs)

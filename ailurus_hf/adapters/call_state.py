@@ -1,0 +1,43 @@
+"""Values that live for one forward of one model.
+
+Hooks of different modules must share what one forward found, and forwards of one model may run in several threads: a
+context variable holds the value, apart for every thread. `torch.compile` and `torch.export` cannot trace context
+variables; while they trace, a plain attribute takes its place.
+"""
+
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+
+class CallStates:
+    """One value per key and per running forward.
+
+    A mapping is replaced, never changed: a thread or task that inherited it keeps its own.
+    """
+
+    def __init__(self, name: str):
+        self._context: ContextVar[dict[Any, Any] | None] = ContextVar(name, default=None)
+        self._traced: dict[Any, Any] = {}
+
+    def get(self, key: Any) -> Any:
+        """The value of this forward, or None."""
+        return self._all().get(key)
+
+    def set(self, key: Any, value: Any) -> None:
+        """Start a forward, or replace its value."""
+        self._replace({**self._all(), key: value})
+
+    def clear(self, key: Any) -> None:
+        """End a forward."""
+        self._replace({other: value for other, value in self._all().items() if other is not key})
+
+    def _all(self) -> dict[Any, Any]:
+        return self._traced if torch.compiler.is_compiling() else self._context.get() or {}
+
+    def _replace(self, states: dict[Any, Any]) -> None:
+        if torch.compiler.is_compiling():
+            self._traced = states
+        else:
+            self._context.set(states)

@@ -1,0 +1,275 @@
+"""The hooks that make one encoder adaptive.
+
+A forward goes through them in this order: the patch embedding's hook opens a `CallState` with the grid; before the
+first layer of a merged stretch the tokens are clustered and merged; before every layer of it the call gets the
+arguments that go with merged tokens; after the last, the grid is unfolded; where the encoder hands out its hidden
+states, those recorded inside the stretch are unfolded too, and the state is dropped.
+
+Hooks are bound methods of the controller, so a copied model has a copied controller, and nothing is stored on the
+model itself: the controller is found through its hooks.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+
+from ..modeling.configuration_ailurus import AdaptiveResolutionMixin, AdaptiveResolutionSettings
+from .call_state import CallStates
+from .families import FamilySpec
+from .layer_call import LayerCall, positional_parameters
+from .sequence import MergedSequence, merge_sequence, unfold_sequence
+
+_STATES = CallStates("ailurus_adapters")
+_HOOK_TABLES = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+
+
+@dataclass
+class Stretch:
+    """One stretch of layers that runs on merged tokens.
+
+    Attributes:
+        layers: their indices.
+        merged: what brings the full sequence back.
+        inputs: hidden states before merging, (batch_size, T, hidden_size).
+        arguments: what every layer of the stretch is given.
+    """
+
+    layers: range
+    merged: MergedSequence
+    inputs: Tensor
+    arguments: dict[str, Any]
+
+
+@dataclass
+class CallState:
+    """What the hooks of one encoder share during one forward.
+
+    Attributes:
+        settings: the settings of this forward.
+        grid: sizes of the grid's axes in patches.
+        segments: the stretches of layers that are to run on merged tokens.
+        order: see `FamilySpec.order`.
+        stretches: those that were merged so far.
+        current: the one that is running.
+    """
+
+    settings: AdaptiveResolutionMixin
+    grid: tuple[int, ...]
+    segments: Sequence[range]
+    order: Tensor | None = None
+    stretches: list[Stretch] = field(default_factory=list)
+    current: Stretch | None = None
+
+
+class EncoderController:
+    """Hooks of one encoder.
+
+    Args:
+        owner: the encoder.
+        spec: its row in the table.
+        config: configuration of the model the user adapted; its entry `ailurus` holds the settings, and is read on
+            every forward.
+
+    Raises:
+        ValueError: the encoder does not have the modules that the row names, or too few layers for the settings.
+    """
+
+    def __init__(self, owner: nn.Module, spec: FamilySpec, config: Any):
+        self.owner, self.spec, self.config = owner, spec, config
+        self.layers = list(self._find(spec.layers))
+        self.patches, self.taps = self._find(*spec.patches), self._find(spec.taps)
+        self.parameters = positional_parameters(self.layers[0])
+        self._given: dict[str, Any] | None = None
+        self._settings = AdaptiveResolutionSettings()
+
+    def _find(self, *paths: str) -> Any:
+        for path in paths:
+            try:
+                return self.owner.get_submodule(path)
+            except AttributeError:
+                continue
+        raise ValueError(
+            f"{type(self.owner).__name__} has no module {' or '.join(map(repr, paths))}, which the row of family "
+            f"{self.spec.family!r} names; pass a row that fits as family=FamilySpec(...)"
+        )
+
+    @property
+    def settings(self) -> AdaptiveResolutionMixin:
+        """The settings of `config.ailurus`, checked whenever they changed.
+
+        Raises:
+            ValueError: one of them is out of range, of the wrong type or unknown.
+        """
+        given = self.config.ailurus
+        if torch.compiler.is_compiling():
+            return AdaptiveResolutionMixin(**given)  # the same without checks, which cannot be traced
+        if given != self._given:
+            self._settings, self._given = check_settings(given), dict(given)
+        return self._settings
+
+    def segments(self, settings: AdaptiveResolutionMixin) -> Sequence[range]:
+        """Stretches of layers that run on merged tokens under these settings.
+
+        Raises:
+            ValueError: the settings leave no layer to run on merged tokens.
+        """
+        return self.spec.segments(settings, len(self.layers), getattr(self.owner, "config", None))
+
+    def install(self) -> None:
+        """Register the hooks."""
+        self.spec.bias.install(self.layers)
+        self.spec.positions.install(self.layers)
+        self.patches.register_forward_pre_hook(self.check_pixels)
+        self.patches.register_forward_hook(self.open_call)
+        if self.spec.order is not None:
+            self._find(self.spec.order[0]).register_forward_hook(self.note_order)
+        for index, layer in enumerate(self.layers):
+            layer.register_forward_pre_hook(partial(self.before_layer, index), with_kwargs=True)
+            # In front of the hooks that record hidden states, whenever those are installed.
+            layer.register_forward_hook(partial(self.after_layer, index), prepend=True)
+        self.taps.register_forward_hook(self.close_call, prepend=True)
+
+    def remove(self) -> None:
+        """Remove the hooks, and whatever else `install` changed."""
+        for module in self.owner.modules():
+            for key in [key for key, hook in _hooks(module) if _controller_of(hook) is self]:
+                for table in _HOOK_TABLES:
+                    getattr(module, table).pop(key, None)
+        self.spec.bias.remove(self.layers)
+        self.spec.positions.remove(self.layers)
+
+    def check_pixels(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Hook before the patch embedding: refuse images that hold no patch."""
+        if isinstance(module, nn.Conv2d | nn.Conv3d) and isinstance(args[0], Tensor):
+            axes = args[0].shape[2:]
+            if any(size < patch for size, patch in zip(axes, module.kernel_size, strict=False)):
+                raise ValueError(
+                    f"pixel_values must be at least one patch of {module.kernel_size} pixels, got {tuple(axes)}; "
+                    "resize the images"
+                )
+
+    def open_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook after the patch embedding: a forward begins."""
+        self.spec.bias.install(self.layers)
+        self.spec.positions.install(self.layers)
+        _STATES.set(self, CallState(self.settings, self.spec.grid(output), self.segments(self.settings)))
+
+    def note_order(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook after a module that shuffled the tokens."""
+        assert self.spec.order is not None
+        self._state().order = output[self.spec.order[1]]
+
+    def before_layer(
+        self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Hook before each layer: merge where a stretch begins, and hand over what goes with merged tokens."""
+        state = self._state()
+        call = LayerCall(self.parameters, args, kwargs)
+        for segment in state.segments:
+            if index == segment.start:
+                call = self._merge(state, segment, call)
+        if state.current is None:
+            return None
+        call = call.replace(state.current.arguments)
+        return call.args, dict(call.kwargs)
+
+    def _merge(self, state: CallState, segment: range, call: LayerCall) -> LayerCall:
+        inputs = call.args[0]
+        num_suffix = getattr(self.owner.config, self.spec.suffix) if self.spec.suffix else 0
+        sequence, merged = merge_sequence(inputs, state.grid, num_suffix, state.settings, state.order)
+        if merged is None:
+            return call
+        arguments = self.spec.positions.compute(call, merged) | self.spec.bias.compute(call, merged)
+        state.current = Stretch(segment, merged, inputs, arguments)
+        state.stretches.append(state.current)
+        return call._replace(args=(sequence, *call.args[1:]))
+
+    def after_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Hook after each layer: unfold where a stretch ends."""
+        state = self._state()
+        stretch = state.current
+        if stretch is None or index != stretch.layers.stop - 1:
+            return None
+        state.current = None
+        if isinstance(output, tuple):
+            return (unfold_sequence(output[0], stretch.merged), *output[1:])
+        return unfold_sequence(output, stretch.merged)
+
+    def close_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Hook where the encoder hands out its hidden states: unfold those of merged layers; the forward ends."""
+        stretches = self._state().stretches
+        _STATES.clear(self)
+        if not stretches:
+            return None
+        if isinstance(output, tuple):
+            return tuple(self._unfold_recorded(part, stretches) for part in output)
+        for name, part in output.items():
+            if isinstance(part, tuple):
+                output[name] = self._unfold_recorded(part, stretches)
+        return None
+
+    def _unfold_recorded(self, recorded: Any, stretches: list[Stretch]) -> Any:
+        """Unfold a tuple of hidden states, one for the first layer's input and one per layer; leave all else alone."""
+        if not isinstance(recorded, tuple):
+            return recorded
+        _refuse_attentions(recorded)
+        if len(recorded) != len(self.layers) + 1:
+            return recorded
+        states = list(recorded)
+        for stretch in stretches:
+            for place in range(stretch.layers.start + 1, stretch.layers.stop):
+                if states[place] is not None:
+                    states[place] = unfold_sequence(states[place], stretch.merged)
+            if stretch.layers.start == 0 and states[0] is not None:
+                states[0] = stretch.inputs
+        return tuple(states)
+
+    def _state(self) -> CallState:
+        state = _STATES.get(self)
+        if state is None:
+            raise RuntimeError(
+                f"the layers of {type(self.owner).__name__} ran without its patch embedding, so the grid of the tokens "
+                "is not known: call the whole model on pixel_values, and compile it as a whole"
+            )
+        return state
+
+
+def check_settings(given: dict[str, Any]) -> AdaptiveResolutionSettings:
+    """The settings of a plain dictionary.
+
+    Raises:
+        ValueError: one of them is out of range, of the wrong type or unknown.
+    """
+    try:
+        return AdaptiveResolutionSettings(**given)
+    except (StrictDataclassError, TypeError) as error:
+        raise ValueError(f"settings of adaptive resolution: {' '.join(str(error).split())}") from None
+
+
+def controllers_of(model: nn.Module) -> list[EncoderController]:
+    """The controllers of all adapted encoders in a model, found through their hooks."""
+    found = [_controller_of(hook) for module in model.modules() for _, hook in _hooks(module)]
+    return list(dict.fromkeys(controller for controller in found if controller is not None))
+
+
+def _hooks(module: nn.Module) -> Iterator[tuple[int, Any]]:
+    yield from module._forward_hooks.items()
+    yield from module._forward_pre_hooks.items()
+
+
+def _controller_of(hook: Any) -> EncoderController | None:
+    owner = getattr(getattr(hook, "func", hook), "__self__", None)
+    return owner if isinstance(owner, EncoderController) else None
+
+
+def _refuse_attentions(recorded: tuple[Any, ...]) -> None:
+    if any(isinstance(part, Tensor) and part.ndim == 4 and part.shape[-1] == part.shape[-2] for part in recorded):
+        raise ValueError(
+            "output_attentions=True is not possible where tokens are merged: the weights of those layers are between "
+            "merged tokens; set model.config.ailurus['keep_ratio'] = 1, or call remove_ailurus(model)"
+        )

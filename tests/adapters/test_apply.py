@@ -1,0 +1,263 @@
+"""The adapter against slower, more obvious versions of itself, its settings, and what it refuses."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import (
+    AttentionInterface,
+    BertConfig,
+    BertModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    SwinConfig,
+    SwinModel,
+    ViTConfig,
+    ViTMAEConfig,
+    ViTMAEModel,
+    ViTModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from ailurus_hf import apply_ailurus, remove_ailurus, supported_families
+from ailurus_hf.adapters import FamilySpec
+from ailurus_hf.adapters.controller import controllers_of
+from ailurus_hf.budget import set_keep_ratio
+from ailurus_hf.modeling.token_clustering import cluster_tokens
+from tests.adapters.tester import Case, assert_close, differ, outputs
+from tests.factories import random_images
+
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "patch_size": 8,
+    "image_size": (48, 64),
+}
+VIT = Case("vit", ViTModel, ViTConfig, {**TINY, "initializer_range": 0.2})
+DINOV3 = Case("dinov3", DINOv3ViTModel, DINOv3ViTConfig, {**TINY, "image_size": 64, "num_register_tokens": 2})
+IMAGES = random_images(2, 48, 64)
+
+
+@pytest.fixture
+def vit():
+    return VIT.model()
+
+
+# ----------------------------------------------------------------------------------------------------- what is computed
+
+
+@pytest.mark.parametrize("unfold", ["copy", "residual"])
+@pytest.mark.parametrize("case", [VIT, DINOV3], ids=["vit", "dinov3"])
+@pytest.mark.parametrize(("cluster_layer", "tail_layers"), [(0, 0), (1, 0), (2, 1), (3, 0)])
+def test_merging_equals_running_on_duplicated_tokens(case, cluster_layer, tail_layers, unfold):
+    """Give every token its cluster's mean and its representative's position; run the plain layers on all of them."""
+    model = case.model()
+    num_prefix = 1 if case is VIT else 3
+    with torch.no_grad():
+        hidden = model.embeddings(IMAGES)
+        cos, sin = (None, None) if case is VIT else model.rope_embeddings(IMAGES)
+        for index, layer in enumerate(model.layers if case is VIT else model.model.layer):
+            if index == cluster_layer:
+                tokens = hidden[:, num_prefix:]
+                assignment, representatives = cluster_tokens(tokens, (6, 8), 12)
+                members = F.one_hot(assignment, 12).float()
+                means = (members.mT @ tokens) / members.sum(1)[..., None]
+                duplicated = members @ means
+                residual = tokens - duplicated if unfold == "residual" else 0
+                hidden = torch.cat([hidden[:, :num_prefix], duplicated], dim=1)
+                if cos is not None:
+                    position = representatives.gather(1, assignment)
+                    dense = cos, sin
+                    cos, sin = cos[position][:, None], sin[position][:, None]
+            if index == 4 - tail_layers:
+                hidden = torch.cat([hidden[:, :num_prefix], hidden[:, num_prefix:] + residual], dim=1)
+                cos, sin = (None, None) if cos is None else dense
+            hidden = layer(hidden) if case is VIT else layer(hidden, position_embeddings=(cos, sin))
+        if not tail_layers:
+            hidden = torch.cat([hidden[:, :num_prefix], hidden[:, num_prefix:] + residual], dim=1)
+        expected = model.layernorm(hidden) if case is VIT else model.norm(hidden)
+        apply_ailurus(model, cluster_layer, num_clusters=12, unfold=unfold, tail_layers=tail_layers)
+        actual = model(IMAGES).last_hidden_state
+    assert_close({"": actual}, {"": expected})
+
+
+def test_hidden_states_of_dense_layers_are_the_plain_models(vit):
+    plain = outputs(vit, {"pixel_values": IMAGES})
+    merged = outputs(apply_ailurus(vit, cluster_layer=2), {"pixel_values": IMAGES})
+    for index in range(3):
+        assert torch.equal(merged[f".hidden_states.{index}"], plain[f".hidden_states.{index}"])
+    first = outputs(apply_ailurus(vit, cluster_layer=0), {"pixel_values": IMAGES})
+    assert torch.equal(first[".hidden_states.0"], plain[".hidden_states.0"])
+
+
+def test_selected_hidden_states_and_tuples(vit):
+    apply_ailurus(vit, cluster_layer=1)
+    every = vit(IMAGES, output_hidden_states=True).hidden_states
+    some = vit(IMAGES, output_hidden_states=[3]).hidden_states
+    assert some[2] is None
+    assert torch.equal(some[3], every[3])
+    assert torch.equal(vit(IMAGES, output_hidden_states=True, return_dict=False)[-1][2], every[2])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention", "fake_flash"])
+def test_every_kind_of_attention(implementation):
+    """Flash kernels take no mask: `fake_flash` is one that would fail on a mask, and computes as SDPA does."""
+
+    def flash(module, query, key, value, attention_mask, **kwargs):
+        assert attention_mask is None
+        return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+
+    AttentionInterface.register("fake_flash", flash)
+    expected = outputs(VIT.adapted(), {"pixel_values": IMAGES})
+    model = VIT.adapted()
+    model.set_attn_implementation(implementation)  # after adapting: seen by the next forward
+    assert_close(outputs(model, {"pixel_values": IMAGES}), expected)
+    remove_ailurus(model)
+    assert model.config._attn_implementation == implementation
+
+
+def test_two_adapted_models_in_one(vit):
+    class Pair(ViTModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.second = ViTModel(config)
+
+        def forward(self, pixel_values):
+            first = self.embeddings(pixel_values)  # both are under way at once
+            second = self.second(pixel_values).last_hidden_state
+            for layer in self.layers:
+                first = layer(first)
+            return first, second
+
+    pair = Pair(ViTConfig(**TINY)).eval()
+    apply_ailurus(pair, keep_ratio=0.25)
+    assert len(controllers_of(pair)) == 2
+    alone = apply_ailurus(ViTModel(ViTConfig(**TINY)).eval(), keep_ratio=0.25)
+    alone.load_state_dict(pair.second.state_dict())
+    assert torch.equal(pair(IMAGES)[1], alone(IMAGES).last_hidden_state)
+    assert pair(IMAGES)[0].shape == (2, 49, 32)
+    remove_ailurus(pair)
+    assert not controllers_of(pair)
+
+
+def test_shuffled_tokens_are_clustered_on_their_grid():
+    """ViTMAE's embeddings shuffle the patches; its answer must not depend on how, once put back in order."""
+    config = ViTMAEConfig(**{**TINY, "image_size": 64, "mask_ratio": 0.0})
+    model = apply_ailurus(ViTMAEModel(config).eval(), cluster_layer=0, keep_ratio=0.25)
+    images, ordered = random_images(2, 64, 64), torch.arange(64.0).expand(2, -1)
+    expected = model(images, noise=ordered).last_hidden_state[:, 1:]
+    shuffled = model(images, noise=torch.rand(2, 64))
+    index = shuffled.ids_restore[..., None].expand(-1, -1, 32)
+    assert_close({"": shuffled.last_hidden_state[:, 1:].gather(1, index)}, {"": expected})
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+
+def test_settings_are_kept_until_given(vit):
+    apply_ailurus(vit, 1, 0.25, neighborhood_size=8, unfold="copy")
+    apply_ailurus(vit, keep_ratio=0.5)
+    assert vit.config.ailurus == {
+        "cluster_layer": 1,
+        "keep_ratio": 0.5,
+        "num_clusters": None,
+        "num_neighbors": 1,
+        "neighborhood_size": 8,
+        "spatial_alpha": 0.9,
+        "unfold": "copy",
+        "tail_layers": 0,
+    }
+
+
+def test_a_ratio_replaces_a_count(vit):
+    inputs = {"pixel_values": IMAGES}
+    counted = outputs(apply_ailurus(vit, num_clusters=12), inputs)
+    assert differ(outputs(apply_ailurus(vit, keep_ratio=0.5), inputs), counted)
+    assert not differ(outputs(apply_ailurus(vit, keep_ratio=0.25), inputs), counted)
+    set_keep_ratio(vit, 0.5)
+    assert differ(outputs(vit, inputs), counted)
+
+
+def test_settings_are_checked_at_the_next_forward(vit):
+    apply_ailurus(vit)
+    for name, value in {"keep_ratio": 0, "num_clusters": 0, "unfold": "other", "cluster_layer": 4}.items():
+        before = dict(vit.config.ailurus)
+        vit.config.ailurus[name] = value
+        with pytest.raises(ValueError, match=name):
+            vit(IMAGES)
+        vit.config.ailurus = before
+    vit.config.ailurus["keep_ratoi"] = 0.5
+    with pytest.raises(ValueError, match="keep_ratoi"):
+        vit(IMAGES)
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep_ratio": 0}, "keep_ratio.*above 0"),
+        ({"num_clusters": 0}, "num_clusters.*at least 1"),
+        ({"cluster_layer": 4}, "cluster_layer must leave a layer"),
+        ({"cluster_layer": "2"}, "cluster_layer.*expected int"),
+        ({"family": "vti"}, "family must be one of.*vit_msn.*FamilySpec"),
+        ({"family": "deit"}, "no encoder of family 'deit'"),
+        ({"family": FamilySpec("mine", ("ViTModel",), "blocks", ("embeddings",))}, "no module 'blocks'"),
+        ({"family": FamilySpec("mine", ("Other",), "layers", ("embeddings",))}, "no module of class Other"),
+    ],
+)
+def test_refusals_change_nothing(vit, settings, message):
+    with pytest.raises(ValueError, match=message):
+        apply_ailurus(vit, **settings)
+    assert not controllers_of(vit)
+    assert not hasattr(vit.config, "ailurus")
+    assert vit.config._attn_implementation == "sdpa"
+
+
+def test_models_that_cannot_be_adapted():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    with pytest.raises(ValueError, match="BertModel has no vision encoder"):
+        apply_ailurus(BertModel(BertConfig(**sizes)))
+    swin = SwinModel(SwinConfig(embed_dim=8, depths=[1], num_heads=[2], image_size=32))
+    with pytest.raises(ValueError, match=r"SwinModel holds no encoder of a known family \(.*dinov2.*probe"):
+        apply_ailurus(swin)
+    with pytest.raises(TypeError, match="Linear has none"):
+        apply_ailurus(torch.nn.Linear(2, 2))
+    assert remove_ailurus(swin) is swin
+
+
+def test_inputs_without_a_grid(vit):
+    apply_ailurus(vit, cluster_layer=1)
+    with pytest.raises(ValueError, match="attention_mask must be None"):
+        vit(IMAGES, attention_mask=F.pad(torch.ones(2, 40), (0, 9)))
+    with pytest.raises(ValueError, match=r"at least one patch of \(8, 8\) pixels, got \(4, 64\)"):
+        vit(IMAGES[:, :, :4], interpolate_pos_encoding=True)
+    with pytest.raises(RuntimeError, match="without its patch embedding"):
+        vit.layers[1](torch.zeros(2, 49, 32))
+    masked = apply_ailurus(ViTMAEModel(ViTMAEConfig(**{**TINY, "image_size": 64})))
+    with pytest.raises(ValueError, match="a subset of the patches"):
+        masked(random_images(2, 64, 64))
+
+
+def test_attention_weights_are_refused_where_tokens_are_merged(vit):
+    vit.set_attn_implementation("eager")
+    apply_ailurus(vit)
+    with pytest.raises(ValueError, match="output_attentions"):
+        vit(IMAGES, output_attentions=True)
+    vit.config.ailurus["keep_ratio"] = 1
+    assert len(vit(IMAGES, output_attentions=True).attentions) == 4
+
+
+def test_a_wrong_number_of_tokens_is_noticed(vit):
+    apply_ailurus(vit, cluster_layer=1)
+    vit.layers[2].register_forward_hook(lambda module, args, output: output[:, 1:])
+    with pytest.raises(RuntimeError, match="expected 25 merged tokens to unfold, got 24"):
+        vit(IMAGES)
+
+
+def test_supported_families():
+    families = supported_families()
+    assert families == tuple(sorted(families))
+    assert {"vit", "dinov2", "dinov3_vit", "dpt"} <= set(families)
