@@ -2,5 +2,6 @@
 
 from .apply import apply_ailurus, remove_ailurus, supported_families
 from .families import FamilySpec
+from .probing import probe
 
-__all__ = ["FamilySpec", "apply_ailurus", "remove_ailurus", "supported_families"]
+__all__ = ["FamilySpec", "apply_ailurus", "probe", "remove_ailurus", "supported_families"]

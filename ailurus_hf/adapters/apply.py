@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .controller import EncoderController, check_settings, controllers_of
-from .families import FAMILIES, FamilySpec
+from .families import FAMILIES, UNSUPPORTED, FamilySpec
 
 
 class _Kept:
@@ -142,7 +142,12 @@ def _encoders(model: nn.Module, family: str | FamilySpec | None) -> list[tuple[n
         rows = tuple(row for row in FAMILIES if row.family == family)
         if not rows:
             raise ValueError(f"family must be one of {', '.join(supported_families())}, got {family!r}; {_OWN_ROW}")
-    return [(module, row) for module in model.modules() for row in rows if row.owns(module)]
+    return [
+        (module, row)
+        for module in model.modules()
+        for row in rows
+        if row.owns(module) and (row is family or row.has_layers(module))
+    ]
 
 
 _OWN_ROW = (
@@ -157,6 +162,10 @@ def _nothing_found(model: nn.Module, family: str | FamilySpec | None) -> str:
         return f"{name} holds no module of class {' or '.join(family.owners)}, which family={family.family!r} names"
     if not any("image" in _modalities(module) or "video" in _modalities(module) for module in model.modules()):
         return f"{name} has no vision encoder: apply_ailurus merges the patch tokens of images"
+    for module in model.modules():
+        reason = UNSUPPORTED.get(type(module).__name__)
+        if reason is not None:
+            return f"{type(module).__name__} is not supported: {reason}. Supported: {', '.join(supported_families())}"
     if family is not None:
         return f"{name} holds no encoder of family {family!r}; leave family out to adapt whatever the table knows"
     return f"{name} holds no encoder of a known family ({', '.join(supported_families())}); {_OWN_ROW}"

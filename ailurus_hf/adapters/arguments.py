@@ -69,6 +69,18 @@ class KeyBias(MergedArguments):
 
 
 @dataclass(frozen=True)
+class RelativeKeyBias(KeyBias):
+    """Sizes as `KeyBias` has them, for layers that add a bias between all pairs of tokens of the full sequence: the
+    attention function takes the rows and columns of the tokens that are left, for each image its own.
+
+    Masks given by the user are cut the same way.
+    """
+
+    def compute(self, call: LayerCall, merged: MergedSequence) -> dict[str, Any]:
+        return {"ailurus_key_bias": merged.log_sizes(), "ailurus_kept": merged.kept_positions()}
+
+
+@dataclass(frozen=True)
 class MaskBias(MergedArguments):
     """Sizes as an additive float mask, for layers that hand nothing else to their attention.
 
@@ -137,8 +149,14 @@ def _register(implementation: str) -> str:
         AttentionInterface.register(name, partial(_attention, implementation))
         if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
             # Without it transformers would drop the user's padding masks in silence.
-            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+            AttentionMaskInterface.register(name, partial(_mask, ALL_MASK_ATTENTION_FUNCTIONS[implementation]))
     return name
+
+
+def _mask(function: Callable[..., Any], *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    """The mask function of the original; none where the user gave none, though flex attention would make one of N x N
+    blocks that merged tokens do not fit."""
+    return None if attention_mask is None else function(*args, attention_mask=attention_mask, **kwargs)
 
 
 def _attention(
@@ -149,13 +167,26 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None = None,
     ailurus_key_bias: Tensor | None = None,
+    ailurus_kept: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function `implementation`, with keys weighed by (batch_size, num_tokens) logarithms of sizes."""
+    """The attention function `implementation`, with keys weighed by (batch_size, num_tokens) logarithms of sizes, and
+    the mask between pairs of tokens cut to those at `ailurus_kept` (batch_size, num_tokens)."""
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _EAGER_ATTENTION.get(type(module)))
     if ailurus_key_bias is None:
         return attention(module, query, key, value, attention_mask, **kwargs)
     kwargs["scaling"] = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    if ailurus_kept is not None and attention_mask is not None:
+        pairs = _rows_and_columns(attention_mask, ailurus_kept) + ailurus_key_bias[:, None, None].to(query.dtype)
+        return attention(module, query, key, value, pairs, **kwargs)
     # Layers that look at several windows at once have joined their sequences, and so are the sizes.
     sizes = ailurus_key_bias.reshape(key.shape[0], key.shape[2])
     return size_weighted_attention(attention, implementation, module, query, key, value, sizes, **kwargs)
+
+
+def _rows_and_columns(mask: Tensor, kept: Tensor) -> Tensor:
+    """(1 or B, num_heads, T, T) and (B, t) places -> (B, num_heads, t, t)."""
+    batch_size, num_kept = kept.shape
+    mask = mask.expand(batch_size, -1, -1, -1)
+    rows = mask.gather(2, kept[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    return rows.gather(3, kept[:, None, None, :].expand(-1, mask.shape[1], num_kept, -1))

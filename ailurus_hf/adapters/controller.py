@@ -54,6 +54,7 @@ class CallState:
         grid: sizes of the grid's axes in patches.
         segments: the stretches of layers that are to run on merged tokens.
         order: see `FamilySpec.order`.
+        tables: see `FamilySpec.tables`.
         stretches: those that were merged so far.
         current: the one that is running.
     """
@@ -62,6 +63,7 @@ class CallState:
     grid: tuple[int, ...]
     segments: Sequence[range]
     order: Tensor | None = None
+    tables: Tensor | None = None
     stretches: list[Stretch] = field(default_factory=list)
     current: Stretch | None = None
 
@@ -84,6 +86,7 @@ class EncoderController:
         self.layers = list(self._find(spec.layers))
         self.patches, self.taps = self._find(*spec.patches), self._find(spec.taps)
         self.parameters = positional_parameters(self.layers[0])
+        self.choose: Any = None  # another way to choose the groups than clustering, see `merge_sequence`
         self._given: dict[str, Any] | None = None
         self._settings = AdaptiveResolutionSettings()
 
@@ -128,6 +131,8 @@ class EncoderController:
         self.patches.register_forward_hook(self.open_call)
         if self.spec.order is not None:
             self._find(self.spec.order[0]).register_forward_hook(self.note_order)
+        if self.spec.tables and self.spec.tables in dict(self.owner.named_modules()):
+            self._find(self.spec.tables).register_forward_hook(self.take_tables)
         for index, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(partial(self.before_layer, index), with_kwargs=True)
             # In front of the hooks that record hidden states, whenever those are installed.
@@ -157,12 +162,21 @@ class EncoderController:
         """Hook after the patch embedding: a forward begins."""
         self.spec.bias.install(self.layers)
         self.spec.positions.install(self.layers)
-        _STATES.set(self, CallState(self.settings, self.spec.grid(output), self.segments(self.settings)))
+        grid = self.spec.grid(output, getattr(self.owner, "config", None))
+        _STATES.set(self, CallState(self.settings, grid, self.segments(self.settings)))
 
     def note_order(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook after a module that shuffled the tokens."""
         assert self.spec.order is not None
         self._state().order = output[self.spec.order[1]]
+
+    def take_tables(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> tuple[Tensor, ...]:
+        """Hook after a module that makes a table to add after each layer but the last: inside a stretch, where the
+        sequence is shorter, nothing is added there, and the hook before the next layer does it."""
+        state = self._state()
+        state.tables = output
+        inside = {place for segment in state.segments for place in segment[:-1]}
+        return tuple(table.new_zeros(()) if place in inside else table for place, table in enumerate(output))
 
     def before_layer(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -173,15 +187,21 @@ class EncoderController:
         for segment in state.segments:
             if index == segment.start:
                 call = self._merge(state, segment, call)
-        if state.current is None:
-            return None
-        call = call.replace(state.current.arguments)
+            elif index in segment and state.tables is not None:
+                call = call._replace(args=(_add_table(state, index - 1, call.args[0]), *call.args[1:]))
+        if state.current is not None:
+            call = call.replace(state.current.arguments)
         return call.args, dict(call.kwargs)
 
     def _merge(self, state: CallState, segment: range, call: LayerCall) -> LayerCall:
+        if call.get("cu_seqlens") is not None:
+            raise ValueError(
+                "images of different sizes packed in one sequence have no common grid to cluster on: batch images of "
+                "one size, or call remove_ailurus(model)"
+            )
         inputs = call.args[0]
         num_suffix = getattr(self.owner.config, self.spec.suffix) if self.spec.suffix else 0
-        sequence, merged = merge_sequence(inputs, state.grid, num_suffix, state.settings, state.order)
+        sequence, merged = merge_sequence(inputs, state.grid, num_suffix, state.settings, state.order, self.choose)
         if merged is None:
             return call
         arguments = self.spec.positions.compute(call, merged) | self.spec.bias.compute(call, merged)
@@ -237,6 +257,16 @@ class EncoderController:
                 "is not known: call the whole model on pixel_values, and compile it as a whole"
             )
         return state
+
+
+def _add_table(state: CallState, index: int, sequence: Tensor) -> Tensor:
+    """Add the table of the layer before, its rows those of the tokens that are left."""
+    assert state.tables is not None
+    table = state.tables[index].to(sequence.device)
+    if state.current is not None:
+        kept = state.current.merged.kept_positions()[..., None]
+        table = table.expand(kept.shape[0], -1, -1).gather(1, kept.expand(-1, -1, table.shape[-1]))
+    return sequence + table
 
 
 def check_settings(given: dict[str, Any]) -> AdaptiveResolutionSettings:

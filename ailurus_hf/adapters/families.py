@@ -14,7 +14,8 @@ check everything the row promises. A row answers, in this order:
 5. *Which tokens are no patches?* What precedes the patches is measured: the length of the sequence less grid and
    suffix. `suffix` names the entry of the owner's config with the number of tokens behind the patches.
 6. *How do sizes reach the attention?* `bias`: `KeyBias()` where layers hand their keyword arguments to the attention
-   interface, `MaskBias()` where only an additive mask gets there.
+   interface, `MaskBias()` where only an additive mask gets there, `RelativeKeyBias()` where layers add a bias between
+   all pairs of tokens.
 7. *What knows about positions inside the layers?* `positions`: nothing for positions added to the embeddings,
    `RotaryPositions()` for rotary tables handed to every layer. For another kind, write a subclass of `MergedArguments`.
 8. *Does anything between the layers count tokens?* `segments`: the stretches of layers that run on merged tokens.
@@ -27,12 +28,36 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..modeling.configuration_ailurus import AdaptiveResolutionMixin
-from .arguments import KeyBias, MergedArguments, RotaryPositions
+from .arguments import KeyBias, MaskBias, MergedArguments, RelativeKeyBias, RotaryPositions
 
 
-def grid_of_convolution(output: Tensor) -> tuple[int, ...]:
+def grid_of_convolution(output: Tensor, config: Any) -> tuple[int, ...]:
     """Grid of the patches, from the output (batch_size, hidden_size, *grid) of the convolution that makes them."""
     return tuple(output.shape[2:])
+
+
+def grid_of_window(name: str) -> Callable[[Any, Any], tuple[int, ...]]:
+    """Grid of one window, for encoders that fold the windows into the batch and cluster within each.
+
+    Args:
+        name: entry of the config with the number of windows along each side.
+    """
+
+    def grid(output: Tensor, config: Any) -> tuple[int, ...]:
+        windows = getattr(config, name)
+        return output.shape[2] // windows, output.shape[3] // windows
+
+    return grid
+
+
+def grid_of_pixels(output: Tensor, config: Any) -> tuple[int, ...]:
+    """Grid of the patches, from pixels (batch_size, num_channels, height, width) on their way to the embedding."""
+    return output.shape[2] // config.patch_size, output.shape[3] // config.patch_size
+
+
+def before_queries(settings: AdaptiveResolutionMixin, num_layers: int, config: Any) -> Sequence[range]:
+    """Layers from `cluster_layer` to where EoMT's queries join the sequence; the dense tail is counted from there."""
+    return (settings.merged_layers(num_layers - config.num_blocks),)
 
 
 def one_segment(settings: AdaptiveResolutionMixin, num_layers: int, config: Any) -> Sequence[range]:
@@ -54,9 +79,12 @@ class FamilySpec:
         bias: how layers learn the sizes of merged tokens.
         positions: how layers learn the positions of merged tokens.
         segments: (settings, number of layers, the owner's config) -> stretches of layers that run on merged tokens.
-        grid: output of `patches` -> sizes of the grid's axes, (height, width) or (time, height, width).
+        grid: (output of `patches`, the owner's config) -> sizes of the grid's axes, (height, width) or (time, height,
+            width).
         order: path to a module whose output holds the tokens' order, and its place in that output: (batch_size, N)
             int64, for each patch of the grid the place of its token in the sequence. None: the grid's own order.
+        tables: path to a module, if the encoder has it, whose output (number of layers - 1, 1, T, hidden_size) is added
+            to the sequence after every layer but the last; "" for none.
     """
 
     family: str
@@ -68,15 +96,25 @@ class FamilySpec:
     bias: MergedArguments = field(default_factory=KeyBias)
     positions: MergedArguments = field(default_factory=MergedArguments)
     segments: Callable[[AdaptiveResolutionMixin, int, Any], Sequence[range]] = one_segment
-    grid: Callable[[Any], tuple[int, ...]] = grid_of_convolution
+    grid: Callable[[Any, Any], tuple[int, ...]] = grid_of_convolution
     order: tuple[str, int] | None = None
+    tables: str = ""
 
     def owns(self, module: nn.Module) -> bool:
         """Whether the module is an encoder of this family."""
         return any(base.__name__ in self.owners for base in type(module).__mro__)
 
+    def has_layers(self, module: nn.Module) -> bool:
+        """Whether the layers are where the row says; in some versions of transformers the class wraps the encoder."""
+        try:
+            module.get_submodule(self.layers)
+        except AttributeError:
+            return False
+        return True
+
 
 _VIT_PATCHES = ("embeddings.patch_embeddings.projection",)
+_CLIP_PATCHES = ("embeddings.patch_embedding",)
 _HYBRID_PATCHES = (*_VIT_PATCHES, "embeddings.projection")
 
 FAMILIES: tuple[FamilySpec, ...] = (
@@ -104,4 +142,81 @@ FAMILIES: tuple[FamilySpec, ...] = (
         positions=RotaryPositions(),
     ),
     FamilySpec("dpt", ("DPTModel",), "encoder.layer", _HYBRID_PATCHES),
+    # The image towers of two-tower models; transformers 5.17 calls some of them VisionTransformer.
+    FamilySpec("clip", ("CLIPVisionModel", "CLIPVisionTransformer"), "encoder.layers", _CLIP_PATCHES),
+    FamilySpec("clipseg", ("CLIPSegVisionModel", "CLIPSegVisionTransformer"), "encoder.layers", _CLIP_PATCHES),
+    FamilySpec(
+        "siglip", ("SiglipVisionModel", "SiglipVisionTransformer"), "encoder.layers", _CLIP_PATCHES, bias=MaskBias()
+    ),
+    FamilySpec("owlvit", ("OwlViTVisionTransformer",), "encoder.layers", _CLIP_PATCHES),
+    FamilySpec("owlv2", ("Owlv2VisionTransformer",), "encoder.layers", _CLIP_PATCHES),
+    FamilySpec("vitpose_backbone", ("VitPoseBackbone",), "encoder.layer", _VIT_PATCHES, taps="encoder"),
+    FamilySpec(
+        "sapiens2",
+        ("Sapiens2Model", "Sapiens2Backbone"),
+        "model.layer",
+        ("embeddings.patch_embeddings",),
+        taps="model",
+        positions=RotaryPositions(),
+    ),
+    FamilySpec("tipsv2", ("Tipsv2VisionModel", "Tipsv2VisionBackbone"), "encoder.layer", _VIT_PATCHES, taps="encoder"),
+    # It cuts patches without a convolution; the module before that normalises the pixels.
+    FamilySpec("radio", ("RadioModel",), "encoder.layer", ("input_conditioner",), taps="encoder", grid=grid_of_pixels),
+    FamilySpec("beit", ("BeitModel",), "layers", _VIT_PATCHES, bias=RelativeKeyBias()),
+    FamilySpec(
+        "yolos",
+        ("YolosModel",),
+        "encoder.layer",
+        _VIT_PATCHES,
+        suffix="num_detection_tokens",
+        tables="encoder.interpolation",
+    ),
+    FamilySpec(
+        "eomt", ("EomtForUniversalSegmentation",), "layers", _VIT_PATCHES, bias=MaskBias(), segments=before_queries
+    ),
+    FamilySpec(
+        "eomt_dinov3",
+        ("EomtDinov3ForUniversalSegmentation",),
+        "layers",
+        ("embeddings.patch_embeddings",),
+        bias=MaskBias(),
+        positions=RotaryPositions(),
+        segments=before_queries,
+    ),
+    FamilySpec(
+        "lw_detr",
+        ("LwDetrViTBackbone",),
+        "encoder.layer",
+        ("embeddings.projection",),
+        taps="encoder",
+        grid=grid_of_window("num_windows_side"),
+    ),
+    FamilySpec(
+        "rf_detr",
+        ("RfDetrDinov2Backbone",),
+        "encoder.layer",
+        _VIT_PATCHES,
+        taps="encoder",
+        grid=grid_of_window("num_windows"),
+    ),
 )
+
+# Encoders that are known, and why they have no row: class name -> reason.
+UNSUPPORTED: dict[str, str] = {
+    "Data2VecVisionModel": "its attention takes no sizes from outside, and adds a bias between all pairs of tokens",
+    "HieraModel": "its tokens are pooled and reordered between the layers",
+    "PvtModel": "its tokens are pooled between the layers",
+    "PvtV2Model": "its tokens are pooled between the layers",
+    "Sam3ViTModel": "it runs on maps (batch_size, height, width, hidden_size) in windows",
+    "SamHQVisionEncoder": "it runs on maps in windows, with positions relative to the full grid inside the attention",
+    "SamVisionEncoder": "it runs on maps in windows, with positions relative to the full grid inside the attention",
+    "SegformerModel": "its stages are no plain sequence; convert the checkpoint instead: `ailurus-hf convert auto`",
+    "Siglip2VisionModel": "its batches hold images of different grids, padded",
+    "Siglip2VisionTransformer": "its batches hold images of different grids, padded",
+    "SwinModel": "it runs in shifted windows, and merges patches between its stages",
+    "Swinv2Model": "it runs in shifted windows, and merges patches between its stages",
+    "TimesformerModel": "its attention is divided into time and space",
+    "VideoMAEModel": "its attention takes no sizes from outside",
+    "VitDetBackbone": "it runs on maps in windows, with positions relative to the full grid inside the attention",
+    "VJEPA2Model": "its attention takes no sizes from outside",
+}

@@ -1,6 +1,7 @@
 """Merging the patch tokens inside a sequence that other tokens precede or follow, and unfolding it again."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,7 @@ def merge_sequence(
     num_suffix: int,
     settings: AdaptiveResolutionMixin,
     order: Tensor | None = None,
+    choose: Callable[..., TokenGroups | None] | None = None,
 ) -> tuple[Tensor, MergedSequence | None]:
     """Merge the patch tokens of a sequence; tokens in front of them and behind pass untouched.
 
@@ -79,6 +81,7 @@ def merge_sequence(
         settings: how to cluster.
         order: (batch_size, N) int64, for each position of the grid the place of its token among the patch tokens; None
             where they stand in the grid's order.
+        choose: another way to choose the groups, with the arguments of `choose_groups`.
 
     Returns:
         The merged sequence, (batch_size, prefix + M + num_suffix, hidden_size), and what brings it back; the sequence
@@ -95,10 +98,11 @@ def merge_sequence(
             "grid to cluster on; run the model on whole images, or call remove_ailurus(model)"
         )
     prefix, tokens, suffix = sequence.split([num_prefix, math.prod(grid), num_suffix], dim=1)
+    choose = choose or choose_groups
     if order is None:
-        groups = choose_groups(tokens, grid, settings)
+        groups = choose(tokens, grid, settings)
     else:
-        groups = choose_groups(tokens.gather(1, order[..., None].expand_as(tokens)), grid, settings)
+        groups = choose(tokens.gather(1, order[..., None].expand_as(tokens)), grid, settings)
         groups = None if groups is None else _in_sequence_order(groups, order)
     if groups is None:
         return sequence, None

@@ -9,6 +9,10 @@ from transformers import (
     BertModel,
     DINOv3ViTConfig,
     DINOv3ViTModel,
+    PoolFormerConfig,
+    PoolFormerModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     SwinConfig,
     SwinModel,
     ViTConfig,
@@ -19,11 +23,12 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ailurus_hf import apply_ailurus, remove_ailurus, supported_families
-from ailurus_hf.adapters import FamilySpec
+from ailurus_hf.adapters import FamilySpec, probe
 from ailurus_hf.adapters.controller import controllers_of
+from ailurus_hf.adapters.families import FAMILIES
 from ailurus_hf.budget import set_keep_ratio
 from ailurus_hf.modeling.token_clustering import cluster_tokens
-from tests.adapters.tester import Case, assert_close, differ, outputs
+from tests.adapters.tester import Case, assert_close, assert_equal, differ, outputs
 from tests.factories import random_images
 
 TINY = {
@@ -42,9 +47,6 @@ IMAGES = random_images(2, 48, 64)
 @pytest.fixture
 def vit():
     return VIT.model()
-
-
-# ----------------------------------------------------------------------------------------------------- what is computed
 
 
 @pytest.mark.parametrize("unfold", ["copy", "residual"])
@@ -111,7 +113,7 @@ def test_every_kind_of_attention(implementation):
     AttentionInterface.register("fake_flash", flash)
     expected = outputs(VIT.adapted(), {"pixel_values": IMAGES})
     model = VIT.adapted()
-    model.set_attn_implementation(implementation)  # after adapting: seen by the next forward
+    model.config._attn_implementation = implementation  # after adapting: seen by the next forward
     assert_close(outputs(model, {"pixel_values": IMAGES}), expected)
     remove_ailurus(model)
     assert model.config._attn_implementation == implementation
@@ -152,9 +154,6 @@ def test_shuffled_tokens_are_clustered_on_their_grid():
     assert_close({"": shuffled.last_hidden_state[:, 1:].gather(1, index)}, {"": expected})
 
 
-# ------------------------------------------------------------------------------------------------------------- settings
-
-
 def test_settings_are_kept_until_given(vit):
     apply_ailurus(vit, 1, 0.25, neighborhood_size=8, unfold="copy")
     apply_ailurus(vit, keep_ratio=0.5)
@@ -192,9 +191,6 @@ def test_settings_are_checked_at_the_next_forward(vit):
         vit(IMAGES)
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -221,8 +217,11 @@ def test_models_that_cannot_be_adapted():
     with pytest.raises(ValueError, match="BertModel has no vision encoder"):
         apply_ailurus(BertModel(BertConfig(**sizes)))
     swin = SwinModel(SwinConfig(embed_dim=8, depths=[1], num_heads=[2], image_size=32))
-    with pytest.raises(ValueError, match=r"SwinModel holds no encoder of a known family \(.*dinov2.*probe"):
+    with pytest.raises(ValueError, match=r"SwinModel is not supported: it runs in shifted windows.*dinov2"):
         apply_ailurus(swin)
+    unknown = PoolFormerModel(PoolFormerConfig(depths=[1], hidden_sizes=[8], num_encoder_blocks=1))
+    with pytest.raises(ValueError, match=r"PoolFormerModel holds no encoder of a known family \(.*dinov2.*probe"):
+        apply_ailurus(unknown)
     with pytest.raises(TypeError, match="Linear has none"):
         apply_ailurus(torch.nn.Linear(2, 2))
     assert remove_ailurus(swin) is swin
@@ -230,12 +229,12 @@ def test_models_that_cannot_be_adapted():
 
 def test_inputs_without_a_grid(vit):
     apply_ailurus(vit, cluster_layer=1)
+    with pytest.raises(RuntimeError, match="without its patch embedding"):
+        vit.layers[1](torch.zeros(2, 49, 32))
     with pytest.raises(ValueError, match="attention_mask must be None"):
         vit(IMAGES, attention_mask=F.pad(torch.ones(2, 40), (0, 9)))
     with pytest.raises(ValueError, match=r"at least one patch of \(8, 8\) pixels, got \(4, 64\)"):
         vit(IMAGES[:, :, :4], interpolate_pos_encoding=True)
-    with pytest.raises(RuntimeError, match="without its patch embedding"):
-        vit.layers[1](torch.zeros(2, 49, 32))
     masked = apply_ailurus(ViTMAEModel(ViTMAEConfig(**{**TINY, "image_size": 64})))
     with pytest.raises(ValueError, match="a subset of the patches"):
         masked(random_images(2, 64, 64))
@@ -252,7 +251,7 @@ def test_attention_weights_are_refused_where_tokens_are_merged(vit):
 
 def test_a_wrong_number_of_tokens_is_noticed(vit):
     apply_ailurus(vit, cluster_layer=1)
-    vit.layers[2].register_forward_hook(lambda module, args, output: output[:, 1:])
+    vit.layers[3].register_forward_hook(lambda module, args, output: output[:, 1:], prepend=True)
     with pytest.raises(RuntimeError, match="expected 25 merged tokens to unfold, got 24"):
         vit(IMAGES)
 
@@ -261,3 +260,40 @@ def test_supported_families():
     families = supported_families()
     assert families == tuple(sorted(families))
     assert {"vit", "dinov2", "dinov3_vit", "dpt"} <= set(families)
+
+
+def test_probe_finds_the_row_of_an_unknown_encoder(vit, capsys, monkeypatch):
+    found = probe(vit, IMAGES)
+    row = next(spec for spec in FAMILIES if spec.family == "vit")
+    assert (found.owners, found.layers, found.patches, found.taps) == (row.owners, row.layers, row.patches, row.taps)
+    printed = capsys.readouterr().out.strip()
+    assert eval(printed, {"FamilySpec": FamilySpec}) == found
+    assert not controllers_of(vit)
+    assert vit.config._attn_implementation == "sdpa"
+    with monkeypatch.context() as patch:
+        patch.setattr("ailurus_hf.adapters.apply.FAMILIES", ())
+        with pytest.raises(ValueError, match="no encoder of a known family"):
+            apply_ailurus(vit)
+        apply_ailurus(vit, keep_ratio=0.25, cluster_layer=1, family=found)
+    adapted = outputs(vit, {"pixel_values": IMAGES})
+    assert_equal(adapted, outputs(VIT.adapted(), {"pixel_values": IMAGES}))
+
+
+@pytest.mark.parametrize("family", ["siglip", "dinov3_vit"])
+def test_probe_finds_masks_and_rotary_positions(family):
+    settings = {**TINY, "image_size": 64}
+    model = {
+        "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**settings)),
+        "dinov3_vit": lambda: DINOv3ViTModel(DINOv3ViTConfig(**settings, num_register_tokens=2)),
+    }[family]()
+    found = probe(model.eval(), random_images(2, 64, 64))
+    row = next(spec for spec in FAMILIES if spec.family == family)
+    assert (found.layers, found.taps, found.bias, found.positions) == (row.layers, row.taps, row.bias, row.positions)
+
+
+def test_probe_says_when_nothing_fits(vit):
+    swin = SwinModel(SwinConfig(embed_dim=8, depths=[3], num_heads=[2], image_size=32, patch_size=4, window_size=4))
+    with pytest.raises(ValueError, match="no row fits SwinModel"):
+        probe(swin, random_images(1, 32, 32))
+    with pytest.raises(ValueError, match="must not be adapted"):
+        probe(apply_ailurus(vit), IMAGES)

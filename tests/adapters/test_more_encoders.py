@@ -1,0 +1,237 @@
+"""Towers of two-tower models, detectors, pose, and encoders with relative bias, queries or windows."""
+
+from functools import partial
+
+import pytest
+import torch
+
+# Named in some versions of transformers only.
+import transformers
+from transformers import (
+    BeitBackbone,
+    BeitConfig,
+    BeitModel,
+    CLIPSegConfig,
+    CLIPSegForImageSegmentation,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    EomtConfig,
+    EomtForUniversalSegmentation,
+    LwDetrViTBackbone,
+    LwDetrViTConfig,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
+    OwlViTConfig,
+    OwlViTForObjectDetection,
+    PromptDepthAnythingConfig,
+    PromptDepthAnythingForDepthEstimation,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+    VitPoseBackboneConfig,
+    VitPoseConfig,
+    VitPoseForPoseEstimation,
+    YolosConfig,
+    YolosForObjectDetection,
+    ZoeDepthConfig,
+    ZoeDepthForDepthEstimation,
+)
+
+from tests.adapters.test_vit_like import BACKBONE, SQUARE, TINY, with_backbone
+from tests.adapters.tester import Case, FamilyTests, images, square_images
+
+TEXT = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 50,
+    "max_position_embeddings": 16, "bos_token_id": 48, "eos_token_id": 49, "pad_token_id": 0,
+}  # fmt: skip
+WITHOUT_MLP = {name: value for name, value in SQUARE.items() if name != "intermediate_size"}
+RELATIVE = {**SQUARE, "layer_scale_init_value": 0.1}
+ABSOLUTE = {**RELATIVE, "use_absolute_position_embeddings": True}
+
+
+def with_text(batch_size):
+    return {**square_images(batch_size), "input_ids": torch.tensor([[48, 3, 4, 49]] * batch_size)}
+
+
+def two_towers(config_class, **settings):
+    return config_class(vision_config=SQUARE, text_config=TEXT, **settings)
+
+
+def vitpose(**settings):
+    backbone = VitPoseBackboneConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=4, mlp_ratio=2, image_size=[48, 64], patch_size=[8, 8],
+        out_features=["stage4"],
+    )  # fmt: skip
+    return VitPoseConfig(backbone_config=backbone, **settings)
+
+
+def beit_backbone(**settings):
+    return BeitConfig(**RELATIVE, out_features=["stage1", "stage2", "stage3", "stage4"], **settings)
+
+
+def optional(name, class_name, config_name, settings, inputs=square_images, **kwargs):
+    """A case for a family that this version of transformers may not have."""
+    model_class = getattr(transformers, class_name, None)
+    if model_class is None:
+        return []
+    return [Case(name, model_class, getattr(transformers, config_name), settings, inputs, **kwargs)]
+
+
+class TestTowers(FamilyTests):
+    cases = [
+        Case("clip", CLIPVisionModel, CLIPVisionConfig, SQUARE, square_images),
+        Case("siglip", SiglipVisionModel, SiglipVisionConfig, SQUARE, square_images, representative=True),
+        Case(
+            "clipseg",
+            CLIPSegForImageSegmentation,
+            partial(two_towers, CLIPSegConfig),
+            {
+                "projection_dim": 16, "extract_layers": [1, 2, 3], "reduce_dim": 16, "decoder_num_attention_heads": 4,
+                "decoder_intermediate_size": 32, "conditional_layer": 0,
+            },
+            with_text,
+        ),
+        Case("owlvit", OwlViTForObjectDetection, partial(two_towers, OwlViTConfig), {"projection_dim": 32}, with_text),
+        Case("owlv2", Owlv2ForObjectDetection, partial(two_towers, Owlv2Config), {"projection_dim": 32}, with_text),
+    ]  # fmt: skip
+
+
+class TestHeads(FamilyTests):
+    cases = [
+        Case(
+            "yolos",
+            YolosForObjectDetection,
+            YolosConfig,
+            {**TINY, "image_size": [48, 64], "num_detection_tokens": 5},
+            representative=True,
+        ),
+        Case(
+            "yolos-plain",
+            YolosForObjectDetection,
+            YolosConfig,
+            {**TINY, "image_size": [48, 64], "num_detection_tokens": 5, "use_mid_position_embeddings": False},
+        ),
+        Case("vitpose", VitPoseForPoseEstimation, vitpose, {"num_labels": 5}),
+        *optional(
+            "radio",
+            "RadioModel",
+            "RadioConfig",
+            {**WITHOUT_MLP, "max_img_size": 64},
+            images,
+        ),
+        *optional("sapiens2", "Sapiens2Model", "Sapiens2Config", SQUARE),
+        *optional("tipsv2", "Tipsv2VisionModel", "Tipsv2VisionConfig", WITHOUT_MLP),
+        Case(
+            "prompt_depth_anything",
+            PromptDepthAnythingForDepthEstimation,
+            lambda **settings: with_backbone(
+                PromptDepthAnythingConfig,
+                Dinov2Config(**BACKBONE, reshape_hidden_states=False, apply_layernorm=True),
+                **settings,
+            ),
+            {"reassemble_hidden_size": 32, "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8, "patch_size": 8},
+            images,
+        ),
+    ]
+
+
+class TestRelativeBias(FamilyTests):
+    cases = [
+        Case(
+            "beit",
+            BeitModel,
+            BeitConfig,
+            {**RELATIVE, "use_relative_position_bias": True},
+            square_images,
+            representative=True,
+        ),
+        Case("beit-absolute", BeitModel, BeitConfig, ABSOLUTE, square_images),
+        Case(
+            "beit-backbone-shared",
+            BeitBackbone,
+            beit_backbone,
+            {"use_shared_relative_position_bias": True, "reshape_hidden_states": True},
+            square_images,
+        ),
+        Case(
+            "beit-eager",
+            BeitModel,
+            partial(BeitConfig, attn_implementation="eager"),
+            {**RELATIVE, "use_relative_position_bias": True},
+            square_images,
+        ),
+        Case(
+            "zoedepth",
+            ZoeDepthForDepthEstimation,
+            partial(
+                with_backbone,
+                ZoeDepthConfig,
+                beit_backbone(use_relative_position_bias=True, reshape_hidden_states=False),
+            ),
+            {
+                "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8, "bottleneck_features": 8,
+                "num_relative_features": 8, "bin_embedding_dim": 8, "patch_transformer_hidden_size": 8,
+                "patch_transformer_intermediate_size": 16, "patch_transformer_num_attention_heads": 2,
+                "backbone_hidden_size": 32, "num_attractors": [4, 2, 2, 1],
+            },
+            square_images,
+        ),
+        Case(
+            "upernet-beit",
+            UperNetForSemanticSegmentation,
+            partial(
+                with_backbone,
+                UperNetConfig,
+                beit_backbone(use_relative_position_bias=True, reshape_hidden_states=True),
+            ),
+            {"hidden_size": 16, "auxiliary_in_channels": 32, "auxiliary_channels": 8, "num_labels": 3},
+            square_images,
+        ),
+    ]  # fmt: skip
+
+
+QUERIES = {"num_blocks": 1, "num_queries": 6, "num_labels": 3, "num_upscale_blocks": 1}
+
+
+class TestQueries(FamilyTests):
+    """EoMT: the queries join after the layers that run on merged tokens."""
+
+    cases = [
+        Case(
+            "eomt", EomtForUniversalSegmentation, EomtConfig, {**WITHOUT_MLP, **QUERIES, "mlp_ratio": 2}, square_images
+        ),
+        *optional("eomt_dinov3", "EomtDinov3ForUniversalSegmentation", "EomtDinov3Config", {**SQUARE, **QUERIES}),
+    ]
+
+    def test_layers_run_on_merged_tokens(self, case):
+        pytest.skip("the last layers run on all tokens and the queries")
+
+
+WINDOWS = {
+    "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "mlp_ratio": 2, "image_size": 64,
+    "patch_size": 4, "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}  # fmt: skip
+
+
+class TestWindows(FamilyTests):
+    """Windows are folded into the batch, and tokens are clustered inside each; global layers join the windows."""
+
+    cases = [
+        Case(
+            "lw_detr",
+            LwDetrViTBackbone,
+            LwDetrViTConfig,
+            {
+                **WINDOWS, "pretrain_image_size": 64, "num_windows": 4, "num_windows_side": 2,
+                "window_block_indices": [0, 2],
+            },
+            square_images,
+            representative=True,
+        ),
+        *optional(
+            "rf_detr", "RfDetrDinov2Backbone", "RfDetrDinov2Config",
+            {**WINDOWS, "num_windows": 2, "window_block_indexes": [0, 2]},
+        ),
+    ]  # fmt: skip
