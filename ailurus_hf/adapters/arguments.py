@@ -17,10 +17,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..modeling.token_merging import size_weighted_attention
+from .call_state import CallStates
 from .layer_call import LayerCall
 from .sequence import MergedSequence
 
 _PREFIX = "ailurus_"
+# Attention module -> sizes that a hook on it took from its arguments, for the attention function that it calls next.
+INNER_SIZES = CallStates("ailurus_inner_sizes")
 _EAGER_ATTENTION: dict[type[nn.Module], Callable[..., Any]] = {}  # attention class -> eager function of its file
 
 
@@ -174,18 +177,21 @@ def _attention(
     the mask between pairs of tokens cut to those at `ailurus_kept` (batch_size, num_tokens)."""
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _EAGER_ATTENTION.get(type(module)))
     if ailurus_key_bias is None:
+        ailurus_key_bias = INNER_SIZES.get(module)
+    if ailurus_key_bias is None:
         return attention(module, query, key, value, attention_mask, **kwargs)
     kwargs["scaling"] = kwargs.get("scaling") or query.shape[-1] ** -0.5
     if ailurus_kept is not None and attention_mask is not None:
-        pairs = _rows_and_columns(attention_mask, ailurus_kept) + ailurus_key_bias[:, None, None].to(query.dtype)
+        pairs = rows_and_columns(attention_mask, ailurus_kept) + ailurus_key_bias[:, None, None].to(query.dtype)
         return attention(module, query, key, value, pairs, **kwargs)
     # Layers that look at several windows at once have joined their sequences, and so are the sizes.
     sizes = ailurus_key_bias.reshape(key.shape[0], key.shape[2])
     return size_weighted_attention(attention, implementation, module, query, key, value, sizes, **kwargs)
 
 
-def _rows_and_columns(mask: Tensor, kept: Tensor) -> Tensor:
-    """(1 or B, num_heads, T, T) and (B, t) places -> (B, num_heads, t, t)."""
+def rows_and_columns(mask: Tensor, kept: Tensor) -> Tensor:
+    """The rows and columns of the tokens that are left: (1 or B, num_heads, T, T) and their places (B, t) ->
+    (B, num_heads, t, t)."""
     batch_size, num_kept = kept.shape
     mask = mask.expand(batch_size, -1, -1, -1)
     rows = mask.gather(2, kept[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))

@@ -15,7 +15,7 @@ check everything the row promises. A row answers, in this order:
    suffix. `suffix` names the entry of the owner's config with the number of tokens behind the patches.
 6. *How do sizes reach the attention?* `bias`: `KeyBias()` where layers hand their keyword arguments to the attention
    interface, `MaskBias()` where only an additive mask gets there, `RelativeKeyBias()` where layers add a bias between
-   all pairs of tokens.
+   all pairs of tokens. `inner.py` has those for attention modules that take nothing from outside.
 7. *What knows about positions inside the layers?* `positions`: nothing for positions added to the embeddings,
    `RotaryPositions()` for rotary tables handed to every layer. For another kind, write a subclass of `MergedArguments`.
 8. *Does anything between the layers count tokens?* `segments`: the stretches of layers that run on merged tokens.
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..modeling.configuration_ailurus import AdaptiveResolutionMixin
 from .arguments import KeyBias, MaskBias, MergedArguments, RelativeKeyBias, RotaryPositions
+from .inner import InnerKeyBias, InnerRelativeBias, PackedPositions
 
 
 def grid_of_convolution(output: Tensor, config: Any) -> tuple[int, ...]:
@@ -184,6 +185,29 @@ FAMILIES: tuple[FamilySpec, ...] = (
         segments=before_queries,
     ),
     FamilySpec(
+        "data2vec_vision",
+        ("Data2VecVisionModel",),
+        "encoder.layer",
+        _VIT_PATCHES,
+        taps="encoder",
+        bias=InnerRelativeBias(),
+    ),
+    # Videos: neighbours on the (time, height, width) grid.
+    FamilySpec(
+        "videomae",
+        ("VideoMAEModel",),
+        "encoder.layer",
+        _VIT_PATCHES,
+        bias=InnerKeyBias(attention="attention.attention"),
+    ),
+    FamilySpec(
+        "vjepa2",
+        ("VJEPA2Model",),
+        "encoder.layer",
+        ("encoder.embeddings.patch_embeddings.proj",),
+        bias=PackedPositions(attention="attention"),
+    ),
+    FamilySpec(
         "lw_detr",
         ("LwDetrViTBackbone",),
         "encoder.layer",
@@ -203,7 +227,6 @@ FAMILIES: tuple[FamilySpec, ...] = (
 
 # Encoders that are known, and why they have no row: class name -> reason.
 UNSUPPORTED: dict[str, str] = {
-    "Data2VecVisionModel": "its attention takes no sizes from outside, and adds a bias between all pairs of tokens",
     "HieraModel": "its tokens are pooled and reordered between the layers",
     "PvtModel": "its tokens are pooled between the layers",
     "PvtV2Model": "its tokens are pooled between the layers",
@@ -216,7 +239,5 @@ UNSUPPORTED: dict[str, str] = {
     "SwinModel": "it runs in shifted windows, and merges patches between its stages",
     "Swinv2Model": "it runs in shifted windows, and merges patches between its stages",
     "TimesformerModel": "its attention is divided into time and space",
-    "VideoMAEModel": "its attention takes no sizes from outside",
     "VitDetBackbone": "it runs on maps in windows, with positions relative to the full grid inside the attention",
-    "VJEPA2Model": "its attention takes no sizes from outside",
 }

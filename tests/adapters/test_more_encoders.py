@@ -15,6 +15,8 @@ from transformers import (
     CLIPSegForImageSegmentation,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Data2VecVisionConfig,
+    Data2VecVisionModel,
     Dinov2Config,
     EomtConfig,
     EomtForUniversalSegmentation,
@@ -30,9 +32,13 @@ from transformers import (
     SiglipVisionModel,
     UperNetConfig,
     UperNetForSemanticSegmentation,
+    VideoMAEConfig,
+    VideoMAEModel,
     VitPoseBackboneConfig,
     VitPoseConfig,
     VitPoseForPoseEstimation,
+    VJEPA2Config,
+    VJEPA2Model,
     YolosConfig,
     YolosForObjectDetection,
     ZoeDepthConfig,
@@ -41,6 +47,7 @@ from transformers import (
 
 from tests.adapters.test_vit_like import BACKBONE, SQUARE, TINY, with_backbone
 from tests.adapters.tester import Case, FamilyTests, images, square_images
+from tests.factories import random_images
 
 TEXT = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 50,
@@ -48,6 +55,7 @@ TEXT = {
 }  # fmt: skip
 WITHOUT_MLP = {name: value for name, value in SQUARE.items() if name != "intermediate_size"}
 RELATIVE = {**SQUARE, "layer_scale_init_value": 0.1}
+DATA2VEC = {**SQUARE, "use_relative_position_bias": True}
 ABSOLUTE = {**RELATIVE, "use_absolute_position_embeddings": True}
 
 
@@ -162,6 +170,18 @@ class TestRelativeBias(FamilyTests):
             {**RELATIVE, "use_relative_position_bias": True},
             square_images,
         ),
+        Case("data2vec", Data2VecVisionModel, Data2VecVisionConfig, DATA2VEC, square_images, representative=True),
+        Case(
+            "data2vec-shared",
+            Data2VecVisionModel,
+            Data2VecVisionConfig,
+            {**DATA2VEC, "use_relative_position_bias": False, "use_shared_relative_position_bias": True},
+            square_images,
+        ),
+        Case(
+            "data2vec-eager", Data2VecVisionModel, partial(Data2VecVisionConfig, attn_implementation="eager"), DATA2VEC,
+            square_images,
+        ),
         Case(
             "zoedepth",
             ZoeDepthForDepthEstimation,
@@ -233,5 +253,40 @@ class TestWindows(FamilyTests):
         *optional(
             "rf_detr", "RfDetrDinov2Backbone", "RfDetrDinov2Config",
             {**WINDOWS, "num_windows": 2, "window_block_indexes": [0, 2]},
+        ),
+    ]  # fmt: skip
+
+
+def videos(batch_size):
+    return {"pixel_values": random_images(4 * batch_size, 64, 64).view(batch_size, 4, 3, 64, 64)}
+
+
+def jepa_videos(batch_size):
+    return {"pixel_values_videos": videos(batch_size)["pixel_values"]}
+
+
+class TestVideos(FamilyTests):
+    """Their attention takes nothing from outside: sizes come in through other arguments."""
+
+    cases = [
+        Case(
+            "videomae",
+            VideoMAEModel,
+            VideoMAEConfig,
+            {**SQUARE, "num_frames": 4, "tubelet_size": 2},
+            videos,
+            representative=True,
+        ),
+        Case(
+            "vjepa2",
+            VJEPA2Model,
+            VJEPA2Config,
+            {
+                "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "mlp_ratio": 2, "crop_size": 64,
+                "patch_size": 8, "frames_per_clip": 4, "tubelet_size": 2, "pred_hidden_size": 24,
+                "pred_num_attention_heads": 4, "pred_num_hidden_layers": 2, "pred_num_mask_tokens": 2,
+            },
+            jepa_videos,
+            representative=True,
         ),
     ]  # fmt: skip

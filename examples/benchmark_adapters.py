@@ -1,0 +1,148 @@
+"""What `apply_ailurus` gains on models of transformers at their real sizes, with random weights.
+
+python examples/benchmark_adapters.py depth_anything yolos --dtype bfloat16 --rounds 5
+
+Plain and adapted runs take turns. "merging" is the share of the plain time that clustering, merging and unfolding take
+at a quarter of the tokens, "outside" that of everything outside the vision encoder, which no merging can touch.
+"""
+
+import time
+from statistics import median
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import (
+    BeitConfig,
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    Dinov2Config,
+    Dinov2Model,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    DPTConfig,
+    DPTForDepthEstimation,
+    EomtConfig,
+    EomtForUniversalSegmentation,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+    YolosConfig,
+    YolosForObjectDetection,
+)  # fmt: skip
+
+from ailurus_hf import apply_ailurus, remove_ailurus
+from ailurus_hf.adapters import controller
+from ailurus_hf.benchmark import speed_up, time_side_by_side
+
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+TAPS = {"out_indices": [5, 12, 18, 24], "reshape_hidden_states": False}
+DINOV2_L = {**LARGE, "patch_size": 14, "image_size": 518}
+BEIT_B = {"use_relative_position_bias": True, "layer_scale_init_value": 0.1, "image_size": 640}
+DEPTH = {"patch_size": 14, "reassemble_hidden_size": 1024, "neck_hidden_sizes": [256, 512, 1024, 1024]}
+# Name -> model, and the height and width of its images.
+MODELS = {
+    "depth_anything": (  # V2 Large
+        lambda: DepthAnythingForDepthEstimation(
+            DepthAnythingConfig(backbone_config=Dinov2Config(**DINOV2_L, **TAPS), **DEPTH, fusion_hidden_size=256)
+        ),
+        (518, 518),
+    ),
+    "dpt": (lambda: DPTForDepthEstimation(DPTConfig(**LARGE, intermediate_size=4096)), (384, 384)),
+    "dinov2": (lambda: Dinov2Model(Dinov2Config(**DINOV2_L)), (518, 518)),
+    "dinov3_vit": (
+        lambda: DINOv3ViTModel(
+            DINOv3ViTConfig(hidden_size=768, num_attention_heads=12, intermediate_size=3072, num_register_tokens=4)
+        ),
+        (1024, 1024),
+    ),
+    "yolos": (lambda: YolosForObjectDetection(YolosConfig(image_size=[800, 1344])), (800, 1344)),
+    "eomt": (lambda: EomtForUniversalSegmentation(EomtConfig(**LARGE, num_labels=150)), (640, 640)),
+    "upernet_beit": (
+        lambda: UperNetForSemanticSegmentation(
+            UperNetConfig(
+                backbone_config=BeitConfig(**BEIT_B, out_indices=[4, 6, 8, 12], reshape_hidden_states=True),
+                num_labels=150,
+            )
+        ),
+        (640, 640),
+    ),
+}
+
+
+class Stopwatch:
+    """Adds up the time spent in a function or between two hooks."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def around(self, function):
+        def timed(*arguments):
+            start = time.perf_counter()
+            result = function(*arguments)
+            self.seconds += time.perf_counter() - start
+            return result
+
+        return timed
+
+    def start(self, module, arguments):
+        self.seconds -= time.perf_counter()
+
+    def stop(self, module, arguments, output):
+        self.seconds += time.perf_counter()
+
+
+@torch.inference_mode()
+def measure(name, rounds, dtype):
+    """Seconds of every variant round by round, and the two shares."""
+    build, size = MODELS[name]
+    torch.manual_seed(0)
+    model, pixels = build().eval().to(dtype), torch.randn(1, 3, *size, dtype=dtype)
+    seconds = {"plain": [], "0.5": [], "0.25": []}
+    merging, encoder = Stopwatch(), Stopwatch()
+    owner = controller.controllers_of(apply_ailurus(model))[0].owner
+    plain_functions = controller.merge_sequence, controller.unfold_sequence
+    for number in track(range(rounds + 1), name, console=Console(stderr=True)):
+        for variant in seconds:
+            remove_ailurus(model)
+            hooks = []
+            if variant == "plain":
+                hooks = [owner.register_forward_pre_hook(encoder.start), owner.register_forward_hook(encoder.stop)]
+            else:
+                apply_ailurus(model, keep_ratio=float(variant))
+            if variant == "0.25":
+                controller.merge_sequence, controller.unfold_sequence = map(merging.around, plain_functions)
+            seconds[variant] += time_side_by_side({"": lambda: model(pixels)}, rounds=1, warmup=0)[""]
+            controller.merge_sequence, controller.unfold_sequence = plain_functions
+            for hook in hooks:
+                hook.remove()
+        if number == 0:  # warm-up
+            seconds = {variant: [] for variant in seconds}
+            merging.seconds = encoder.seconds = 0.0
+    total = sum(seconds["plain"])
+    return seconds, merging.seconds / total, 1 - encoder.seconds / total
+
+
+def main(
+    models: Annotated[list[str] | None, typer.Argument(help="Which of them; all by default.")] = None,
+    rounds: int = 3,
+    dtype: str = "float32",
+) -> None:
+    table = Table(title=f"{dtype}, one image, {torch.get_num_threads()} threads", title_justify="left")
+    for heading in ("model", "size", "plain ms", "half (quartiles)", "quarter (quartiles)", "merging", "outside"):
+        table.add_column(heading, justify="right")
+    for name in models or MODELS:
+        seconds, merging, outside = measure(name, rounds, getattr(torch, dtype))
+        gains = [speed_up(seconds["plain"], seconds[variant]) for variant in ("0.5", "0.25")]
+        table.add_row(
+            name, "{} x {}".format(*MODELS[name][1]), f"{1e3 * median(seconds['plain']):.0f}",
+            *(f"{gain.median:.2f} ({gain.low:.2f} to {gain.high:.2f})" for gain in gains),
+            f"{merging:.1%}", f"{outside:.1%}",
+        )  # fmt: skip
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
