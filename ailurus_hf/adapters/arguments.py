@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -32,10 +32,16 @@ class MergedArguments:
     """Arguments that layers get while they run on merged tokens. This one gives none.
 
     Subclasses override `compute`, and `install` with `remove` where the model itself must be prepared.
+
+    Attributes:
+        each_layer: compute the arguments anew for every layer, from what it is given.
     """
 
+    each_layer: ClassVar[bool] = False
+
     def compute(self, call: LayerCall, merged: MergedSequence) -> dict[str, Any]:
-        """Arguments for all layers of a merged stretch, from the call of its first layer on the full sequence."""
+        """Arguments for all layers of a merged stretch, from the call of its first layer on the full sequence; or for
+        one layer, from its own call."""
         return {}
 
     def install(self, layers: Iterable[nn.Module]) -> None:

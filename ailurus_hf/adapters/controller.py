@@ -190,7 +190,10 @@ class EncoderController:
             elif index in segment and state.tables is not None:
                 call = call._replace(args=(_add_table(state, index - 1, call.args[0]), *call.args[1:]))
         if state.current is not None:
-            call = call.replace(state.current.arguments)
+            arguments = state.current.arguments
+            if self.spec.bias.each_layer:
+                arguments = arguments | self.spec.bias.compute(call, state.current.merged)
+            call = call.replace(arguments)
         return call.args, dict(call.kwargs)
 
     def _merge(self, state: CallState, segment: range, call: LayerCall) -> LayerCall:
@@ -204,7 +207,9 @@ class EncoderController:
         sequence, merged = merge_sequence(inputs, state.grid, num_suffix, state.settings, state.order, self.choose)
         if merged is None:
             return call
-        arguments = self.spec.positions.compute(call, merged) | self.spec.bias.compute(call, merged)
+        arguments = self.spec.positions.compute(call, merged)
+        if not self.spec.bias.each_layer:
+            arguments |= self.spec.bias.compute(call, merged)
         state.current = Stretch(segment, merged, inputs, arguments)
         state.stretches.append(state.current)
         return call._replace(args=(sequence, *call.args[1:]))

@@ -7,7 +7,7 @@ attention function, which runs inside that module, picks them up.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,9 @@ class InnerRelativeBias(MergedArguments):
         argument: name of the argument.
     """
 
+    # Encoders make the shared bias once for every layer; reentrant checkpointing goes back through each by itself.
+    each_layer: ClassVar[bool] = True
+
     attention: str = "attention.attention"
     table: str = "relative_position_bias"
     argument: str = "relative_position_bias"
@@ -114,8 +117,6 @@ class InnerRelativeBias(MergedArguments):
         shared = call.get(self.argument)
         if shared is None:
             return {self.argument: PairBias(kept, bias)}
-        # All layers share one bias and have none of their own. It stays a tensor by itself: reentrant checkpointing
-        # sees no tensors inside of other arguments, and these have a gradient.
         return {self.argument: rows_and_columns(shared, kept) + bias}
 
     def install(self, layers: Iterable[nn.Module]) -> None:
