@@ -202,7 +202,7 @@ class EncoderController:
                 "images of different sizes packed in one sequence have no common grid to cluster on: batch images of "
                 "one size, or call remove_ailurus(model)"
             )
-        inputs = call.args[0]
+        inputs = call.args[0].flatten(1, 2) if self.spec.maps else call.args[0]
         num_suffix = getattr(self.owner.config, self.spec.suffix) if self.spec.suffix else 0
         sequence, merged = merge_sequence(inputs, state.grid, num_suffix, state.settings, state.order, self.choose)
         if merged is None:
@@ -212,7 +212,7 @@ class EncoderController:
             arguments |= self.spec.bias.compute(call, merged)
         state.current = Stretch(segment, merged, inputs, arguments)
         state.stretches.append(state.current)
-        return call._replace(args=(sequence, *call.args[1:]))
+        return call._replace(args=(sequence[:, None] if self.spec.maps else sequence, *call.args[1:]))
 
     def after_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook after each layer: unfold where a stretch ends."""
@@ -222,7 +222,12 @@ class EncoderController:
             return None
         state.current = None
         if isinstance(output, tuple):
-            return (unfold_sequence(output[0], stretch.merged), *output[1:])
+            return (self._unfold(output[0], state, stretch), *output[1:])
+        return self._unfold(output, state, stretch)
+
+    def _unfold(self, output: Tensor, state: CallState, stretch: Stretch) -> Tensor:
+        if self.spec.maps:
+            return unfold_sequence(output[:, 0], stretch.merged).unflatten(1, state.grid)
         return unfold_sequence(output, stretch.merged)
 
     def close_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -29,12 +29,18 @@ from torch import Tensor, nn
 
 from ..modeling.configuration_ailurus import AdaptiveResolutionMixin
 from .arguments import KeyBias, MaskBias, MergedArguments, RelativeKeyBias, RotaryPositions
-from .inner import InnerKeyBias, InnerRelativeBias, PackedPositions
+from .inner import InnerKeyBias, InnerRelativeBias, InnerRotaryBias, PackedPositions
 
 
 def grid_of_convolution(output: Tensor, config: Any) -> tuple[int, ...]:
     """Grid of the patches, from the output (batch_size, hidden_size, *grid) of the convolution that makes them."""
     return tuple(output.shape[2:])
+
+
+def global_layers(settings: AdaptiveResolutionMixin, num_layers: int, config: Any) -> Sequence[range]:
+    """Each layer with global attention by itself; the windows between them need the whole grid."""
+    merged = settings.merged_layers(num_layers)
+    return [range(index, index + 1) for index in config.global_attn_indexes if index % num_layers in merged]
 
 
 def grid_of_window(name: str) -> Callable[[Any, Any], tuple[int, ...]]:
@@ -86,6 +92,8 @@ class FamilySpec:
             int64, for each patch of the grid the place of its token in the sequence. None: the grid's own order.
         tables: path to a module, if the encoder has it, whose output (number of layers - 1, 1, T, hidden_size) is added
             to the sequence after every layer but the last; "" for none.
+        maps: whether hidden states are (batch_size, height, width, hidden_size); merged ones are (batch_size, 1, M,
+            hidden_size).
     """
 
     family: str
@@ -100,6 +108,7 @@ class FamilySpec:
     grid: Callable[[Any, Any], tuple[int, ...]] = grid_of_convolution
     order: tuple[str, int] | None = None
     tables: str = ""
+    maps: bool = False
 
     def owns(self, module: nn.Module) -> bool:
         """Whether the module is an encoder of this family."""
@@ -215,6 +224,16 @@ FAMILIES: tuple[FamilySpec, ...] = (
         taps="encoder",
         grid=grid_of_window("num_windows_side"),
     ),
+    # Merged around each layer with global attention; those in windows run on the whole grid.
+    FamilySpec(
+        "sam3",
+        ("Sam3ViTModel",),
+        "layers",
+        _VIT_PATCHES,
+        bias=InnerRotaryBias(attention="attention"),
+        segments=global_layers,
+        maps=True,
+    ),
     FamilySpec(
         "rf_detr",
         ("RfDetrDinov2Backbone",),
@@ -230,7 +249,6 @@ UNSUPPORTED: dict[str, str] = {
     "HieraModel": "its tokens are pooled and reordered between the layers",
     "PvtModel": "its tokens are pooled between the layers",
     "PvtV2Model": "its tokens are pooled between the layers",
-    "Sam3ViTModel": "it runs on maps (batch_size, height, width, hidden_size) in windows",
     "SamHQVisionEncoder": "it runs on maps in windows, with positions relative to the full grid inside the attention",
     "SamVisionEncoder": "it runs on maps in windows, with positions relative to the full grid inside the attention",
     "SegformerModel": "its stages are no plain sequence; convert the checkpoint instead: `ailurus-hf convert auto`",

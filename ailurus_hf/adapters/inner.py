@@ -53,6 +53,21 @@ class InnerKeyBias(KeyBias):
 
 
 @dataclass(frozen=True)
+class InnerRotaryBias(InnerKeyBias):
+    """Sizes as `KeyBias` has them, for layers that make rotary tables of the full grid themselves and give them to
+    their attention module as its second argument, as SAM 3 does. The hook gathers them for the tokens that are left."""
+
+    def compute(self, call: LayerCall, merged: MergedSequence) -> dict[str, Any]:
+        return {**super().compute(call, merged), "ailurus_kept": merged.kept_positions()}
+
+    def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kept = kwargs.pop("ailurus_kept", None)
+        if kept is not None:
+            args = (args[0], tuple(table.flatten(0, -2)[kept][:, None] for table in args[1]), *args[2:])
+        return args, kwargs
+
+
+@dataclass(frozen=True)
 class PackedPositions(InnerKeyBias):
     """Positions and sizes together in the argument for the tokens' places in the full sequence, as V-JEPA 2 has it.
 

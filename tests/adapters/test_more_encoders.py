@@ -290,3 +290,26 @@ class TestVideos(FamilyTests):
             representative=True,
         ),
     ]  # fmt: skip
+
+
+class TestMaps(FamilyTests):
+    """SAM 3: windows between layers with global attention, and tokens are merged around each of the latter."""
+
+    cases = optional(
+        "sam3", "Sam3ViTModel", "Sam3ViTConfig",
+        {
+            "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64,
+            "image_size": 64, "pretrain_image_size": 64, "patch_size": 8, "window_size": 4,
+            "global_attn_indexes": [1, 3],
+        },
+        representative=True,
+    )  # fmt: skip
+
+    def test_layers_run_on_merged_tokens(self, case):
+        model, shapes = case.adapted(), {}
+        for index, layer in enumerate(model.layers):
+            layer.register_forward_pre_hook(
+                lambda _, args, index=index: shapes.update({index: tuple(args[0].shape[1:3])}) or None
+            )
+        model(**case.inputs(1))
+        assert shapes == {0: (8, 8), 1: (1, 16), 2: (8, 8), 3: (1, 16)}
