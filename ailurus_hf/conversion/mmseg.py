@@ -165,8 +165,8 @@ def plan_mmseg(checkpoint: SourceCheckpoint) -> Plan:
 def _check_kinds(backbone: Mapping[str, Any], head: Mapping[str, Any]) -> None:
     if backbone.get("type") != "VisionTransformer":
         raise CheckpointError(
-            f"model.backbone.type must be 'VisionTransformer', got {backbone.get('type')!r}; adapt other backbones "
-            "with apply_ailurus (planned) instead"
+            f"model.backbone.type must be 'VisionTransformer', got {backbone.get('type')!r}; other backbones "
+            "are not converted"
         )
     kind = head.get("type")
     if kind not in HEADS:

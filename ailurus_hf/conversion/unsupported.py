@@ -66,5 +66,5 @@ def refuse_unsupported(source: object, keys: Iterable[str] = (), model_type: obj
     if family is not None:
         raise CheckpointError(
             f"{source} is a {family} model: only plain ViTs with learned absolute positions are converted; "
-            "for this family adapt the original model with apply_ailurus (planned) instead"
+            "see ailurus_hf.supported_families() for models that apply_ailurus changes in place"
         )

@@ -1,5 +1,7 @@
 """Runs the tests of `FamilyTests` on every case of the subclass."""
 
+from pathlib import Path
+
 import pytest
 
 
@@ -7,3 +9,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if hasattr(metafunc.cls, "cases"):
         cases = metafunc.cls.cases
         metafunc.parametrize("case", cases, ids=[case.name for case in cases])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Compiling takes ten seconds a family: by `make test-slow`, but for those that stand for the others."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents and item.name.startswith("test_compiles_to_one_graph"):
+            case = item.callspec.params["case"]  # type: ignore[attr-defined]
+            if not case.compiled:
+                item.add_marker(pytest.mark.slow)

@@ -22,6 +22,8 @@ from transformers import (
     EomtForUniversalSegmentation,
     LwDetrViTBackbone,
     LwDetrViTConfig,
+    OneFormerConfig,
+    OneFormerForUniversalSegmentation,
     Owlv2Config,
     Owlv2ForObjectDetection,
     OwlViTConfig,
@@ -79,18 +81,20 @@ def beit_backbone(**settings):
     return BeitConfig(**RELATIVE, out_features=["stage1", "stage2", "stage3", "stage4"], **settings)
 
 
-def optional(name, class_name, config_name, settings, inputs=square_images, **kwargs):
+def optional(name, class_name, config_name, settings, inputs=square_images, backbone=None, **kwargs):
     """A case for a family that this version of transformers may not have."""
     model_class = getattr(transformers, class_name, None)
     if model_class is None:
         return []
+    if backbone is not None:
+        settings = {**settings, "backbone_config": transformers.Tipsv2VisionConfig(**backbone)}
     return [Case(name, model_class, getattr(transformers, config_name), settings, inputs, **kwargs)]
 
 
 class TestTowers(FamilyTests):
     cases = [
         Case("clip", CLIPVisionModel, CLIPVisionConfig, SQUARE, square_images),
-        Case("siglip", SiglipVisionModel, SiglipVisionConfig, SQUARE, square_images, representative=True),
+        Case("siglip", SiglipVisionModel, SiglipVisionConfig, SQUARE, square_images),
         Case(
             "clipseg",
             CLIPSegForImageSegmentation,
@@ -113,7 +117,6 @@ class TestHeads(FamilyTests):
             YolosForObjectDetection,
             YolosConfig,
             {**TINY, "image_size": [48, 64], "num_detection_tokens": 5},
-            representative=True,
         ),
         Case(
             "yolos-plain",
@@ -131,6 +134,13 @@ class TestHeads(FamilyTests):
         ),
         *optional("sapiens2", "Sapiens2Model", "Sapiens2Config", SQUARE),
         *optional("tipsv2", "Tipsv2VisionModel", "Tipsv2VisionConfig", WITHOUT_MLP),
+        *optional(
+            "tipsv2_dpt",
+            "Tipsv2DptForDepthEstimation",
+            "Tipsv2DptConfig",
+            {"neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8},
+            backbone={**WITHOUT_MLP, "out_indices": [1, 2, 3, 4], "reshape_hidden_states": False},
+        ),
         Case(
             "prompt_depth_anything",
             PromptDepthAnythingForDepthEstimation,
@@ -153,7 +163,6 @@ class TestRelativeBias(FamilyTests):
             BeitConfig,
             {**RELATIVE, "use_relative_position_bias": True},
             square_images,
-            representative=True,
         ),
         Case("beit-absolute", BeitModel, BeitConfig, ABSOLUTE, square_images),
         Case(
@@ -170,7 +179,7 @@ class TestRelativeBias(FamilyTests):
             {**RELATIVE, "use_relative_position_bias": True},
             square_images,
         ),
-        Case("data2vec", Data2VecVisionModel, Data2VecVisionConfig, DATA2VEC, square_images, representative=True),
+        Case("data2vec", Data2VecVisionModel, Data2VecVisionConfig, DATA2VEC, square_images, compiled=True),
         Case(
             "data2vec-shared",
             Data2VecVisionModel,
@@ -212,6 +221,30 @@ class TestRelativeBias(FamilyTests):
     ]  # fmt: skip
 
 
+ONEFORMER = {
+    "num_queries": 5, "hidden_dim": 32, "mask_dim": 32, "conv_dim": 32, "encoder_feedforward_dim": 32,
+    "encoder_layers": 1, "decoder_layers": 2, "dim_feedforward": 32, "num_attention_heads": 2, "text_encoder_width": 32,
+    "text_encoder_num_layers": 1, "text_encoder_context_length": 8, "text_encoder_vocab_size": 50, "task_seq_len": 8,
+    "is_training": False, "num_labels": 3,
+}  # fmt: skip
+
+
+def with_task(batch_size):
+    return {**square_images(batch_size), "task_inputs": torch.arange(8.0).expand(batch_size, -1)}
+
+
+class TestOneFormer(FamilyTests):
+    cases = [
+        Case(
+            "oneformer",
+            OneFormerForUniversalSegmentation,
+            partial(with_backbone, OneFormerConfig),
+            ONEFORMER,
+            with_task,
+        )
+    ]
+
+
 QUERIES = {"num_blocks": 1, "num_queries": 6, "num_labels": 3, "num_upscale_blocks": 1}
 
 
@@ -248,7 +281,6 @@ class TestWindows(FamilyTests):
                 "window_block_indices": [0, 2],
             },
             square_images,
-            representative=True,
         ),
         *optional(
             "rf_detr", "RfDetrDinov2Backbone", "RfDetrDinov2Config",
@@ -275,7 +307,6 @@ class TestVideos(FamilyTests):
             VideoMAEConfig,
             {**SQUARE, "num_frames": 4, "tubelet_size": 2},
             videos,
-            representative=True,
         ),
         Case(
             "vjepa2",
@@ -287,7 +318,6 @@ class TestVideos(FamilyTests):
                 "pred_num_attention_heads": 4, "pred_num_hidden_layers": 2, "pred_num_mask_tokens": 2,
             },
             jepa_videos,
-            representative=True,
         ),
     ]  # fmt: skip
 
@@ -302,7 +332,6 @@ class TestMaps(FamilyTests):
             "image_size": 64, "pretrain_image_size": 64, "patch_size": 8, "window_size": 4,
             "global_attn_indexes": [1, 3],
         },
-        representative=True,
     )  # fmt: skip
 
     def test_layers_run_on_merged_tokens(self, case):

@@ -82,7 +82,7 @@ def depth_anything(**settings):
 
 class TestVitLike(FamilyTests):
     cases = [
-        Case("vit", ViTForImageClassification, ViTConfig, FIXED, representative=True),
+        Case("vit", ViTForImageClassification, ViTConfig, FIXED, compiled=True),
         Case("vit-eager", ViTModel, partial(ViTConfig, attn_implementation="eager"), FIXED),
         Case("deit", DeiTForImageClassificationWithTeacher, DeiTConfig, FIXED),
         Case("vit_mae", ViTMAEModel, ViTMAEConfig, {**SQUARE, "mask_ratio": 0.0}, mae_inputs),
@@ -93,7 +93,7 @@ class TestVitLike(FamilyTests):
         Case("dinov2-backbone", Dinov2Backbone, Dinov2Config, BACKBONE, images),
         Case("registers", Dinov2WithRegistersModel, Dinov2WithRegistersConfig, SQUARE, images),
         Case("registers-backbone", Dinov2WithRegistersBackbone, Dinov2WithRegistersConfig, BACKBONE, images),
-        Case("dinov3", DINOv3ViTModel, DINOv3ViTConfig, {**SQUARE, "num_register_tokens": 2}, representative=True),
+        Case("dinov3", DINOv3ViTModel, DINOv3ViTConfig, {**SQUARE, "num_register_tokens": 2}, compiled=True),
         Case("dinov3-backbone", DINOv3ViTBackbone, DINOv3ViTConfig, {**BACKBONE, "num_register_tokens": 2}),
     ]
 

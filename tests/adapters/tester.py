@@ -53,7 +53,7 @@ class Case:
         settings: of the configuration.
         inputs: batch size -> inputs of the model.
         cluster_layer: where the tests merge.
-        representative: whether the checks that take long run on it always, or under the marker `slow` only.
+        compiled: whether it is compiled in every run of the tests; the others are by `make test-slow`.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     inputs: Callable[[int], dict[str, Any]] = images
     cluster_layer: int = 1
-    representative: bool = False
+    compiled: bool = False
 
     def model(self) -> Any:
         """A model with random weights, the same for every call, in evaluation mode."""
@@ -157,12 +157,6 @@ def checkpoint_layers(model: Any, use_reentrant: bool) -> None:
 
 def in_dtype(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-
-
-def slow_unless(case: Case, request: pytest.FixtureRequest) -> None:
-    """Skip a check that takes long, unless the case stands for others or slow tests were asked for."""
-    if not case.representative and "slow" not in request.config.option.markexpr.replace("not slow", ""):
-        pytest.skip("takes long; run by `make test-slow`")
 
 
 class FamilyTests:
@@ -327,8 +321,7 @@ class FamilyTests:
         for name, value in gradients(model, inputs).items():
             assert (value - expected[name]).abs().max() <= 1e-12 * largest, name
 
-    def test_threads_share_a_model(self, case, request):
-        slow_unless(case, request)
+    def test_threads_share_a_model(self, case):
         model, results = case.adapted(), {}
         batches = [{name: value + index for name, value in case.inputs(1).items()} for index in range(4)]
         expected = [outputs(model, batch) for batch in batches]
@@ -347,8 +340,7 @@ class FamilyTests:
             for answer in answers:
                 assert_equal(answer, expected[index])
 
-    def test_compiles_to_one_graph(self, case, request):
-        slow_unless(case, request)
+    def test_compiles_to_one_graph(self, case):
         model, inputs = case.adapted(neighborhood_size=8), case.inputs(2)
         merged = outputs(model, inputs)  # transformers installs its recording hooks here; it cannot while compiling
         torch.compiler.reset()
