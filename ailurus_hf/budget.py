@@ -4,7 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["keep_ratio_of", "set_keep_ratio", "temporary_keep_ratio"]
+__all__ = ["has_keep_ratio", "keep_ratio_of", "set_keep_ratio", "temporary_keep_ratio"]
+
+
+def has_keep_ratio(model: Any) -> bool:
+    """Whether there is a share of tokens to set: the model is of this package, or changed by `apply_ailurus`."""
+    config = getattr(getattr(model, "module", model), "config", None)
+    return hasattr(config, "keep_ratio") or isinstance(getattr(config, "ailurus", None), dict)
 
 
 def keep_ratio_of(model: Any) -> float:
@@ -60,9 +66,8 @@ def _set(model: Any, settings: dict[str, Any]) -> None:
 def _config(model: Any) -> Any:
     """Configuration of the model, or of the one inside a wrapper for several processes."""
     inner = getattr(model, "module", model)
-    config = getattr(inner, "config", None)
-    if not hasattr(config, "keep_ratio") and not isinstance(getattr(config, "ailurus", None), dict):
+    if not has_keep_ratio(inner):
         raise TypeError(
             f"{type(inner).__name__} has no keep_ratio: load a model of this package, or call apply_ailurus(model)"
         )
-    return config
+    return inner.config

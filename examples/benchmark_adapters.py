@@ -27,6 +27,8 @@ from transformers import (
     DPTForDepthEstimation,
     EomtConfig,
     EomtForUniversalSegmentation,
+    Sam3ViTConfig,
+    Sam3ViTModel,
     UperNetConfig,
     UperNetForSemanticSegmentation,
     YolosConfig,
@@ -60,6 +62,7 @@ MODELS = {
     ),
     "yolos": (lambda: YolosForObjectDetection(YolosConfig(image_size=[800, 1344])), (800, 1344)),
     "eomt": (lambda: EomtForUniversalSegmentation(EomtConfig(**LARGE, num_labels=150)), (640, 640)),
+    "sam3": (lambda: Sam3ViTModel(Sam3ViTConfig()), (1008, 1008)),
     "upernet_beit": (
         lambda: UperNetForSemanticSegmentation(
             UperNetConfig(

@@ -15,7 +15,7 @@ from rich.progress import track
 from transformers import PreTrainedModel
 
 from ..benchmark import SpeedUp, count_flops, speed_up, time_side_by_side
-from ..budget import temporary_keep_ratio
+from ..budget import has_keep_ratio, temporary_keep_ratio
 from ..images import ImageFileError
 from ..labelled import LabelledImage
 from .boundary import BoundaryScore
@@ -127,6 +127,7 @@ def evaluate_segmentation(
 
     Raises:
         ValueError: there are no samples, or none could be read; labels outside the classes.
+        TypeError: budgets other than 1 for a model that has none.
         ImageFileError: a file is damaged and `skip_unreadable` is False.
     """
     if not len(samples):
@@ -171,8 +172,8 @@ def _evaluate_picture(
     found: dict[float, Segmentation] = {}
 
     def predict(result: BudgetResult) -> None:
-        # A model without budgets has no ratio to set; it is dense as it is.
-        ratio = None if len(results) == 1 and not hasattr(model.config, "keep_ratio") else result.keep_ratio
+        # A model without budgets is dense as it is; asked for another one, it raises.
+        ratio = result.keep_ratio if result.keep_ratio != 1 or has_keep_ratio(model) else None
         with temporary_keep_ratio(model, ratio):
             found[result.keep_ratio] = segment_image(model, image_processor, sample.image, **views)
 

@@ -31,13 +31,15 @@ class SegmentationLoss:
         """Loss of one micro-batch.
 
         Args:
-            outputs: model output with `logits` (B, num_labels, H, W).
+            outputs: model output with `logits` (B, num_labels, h, w); smaller ones are resized to the labels.
             labels: (B, H, W) int64.
             num_items_in_batch: what `total_weight` gives for all micro-batches of the step, so that their losses add
                 up to the mean over the step's pixels; None takes the mean over this one.
         """
         weight = None if self.weight is None else self.weight.to(outputs.logits.device, torch.float32)
         logits = outputs.logits.float()
+        if logits.shape[-2:] != labels.shape[-2:]:
+            logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear")
         loss = F.cross_entropy(logits, labels, weight, ignore_index=self.ignore_index, reduction="sum")
         total = self.total_weight(labels) if num_items_in_batch is None else num_items_in_batch
         # Where no pixel counts the sum is 0, and so is the loss.

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..auto import AUTO_MODELS
 from ..budget import keep_ratio_of, temporary_keep_ratio
-from ..evaluation import ConfusionMatrix
+from ..evaluation import ConfusionMatrix, predictions_from_logits
 from ..model_card import CardResult, build_model_card
 from .dataset import SegmentationCollator
 from .loss import SegmentationLoss
@@ -120,13 +121,15 @@ class SegmentationTrainer(Trainer):
             license: of the weights, an identifier that the Hub knows.
             model_name: title and repository name.
             dataset: name of the data set.
-            kwargs: further arguments of `Trainer.create_model_card`, not used.
+            kwargs: further arguments of `Trainer.create_model_card`, which writes the card of a model of transformers.
         """
         if not self.is_world_process_zero():
             return
         model = self.accelerator.unwrap_model(self.model)
-        base = getattr(model, "base_model", model) if hasattr(model, "peft_config") else model
-        base = getattr(base, "model", base) if hasattr(model, "peft_config") else base
+        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        if type(base.config) not in AUTO_MODELS:
+            super().create_model_card(license=license, model_name=model_name, dataset=dataset, **kwargs)
+            return
         card = build_model_card(
             base.config,
             license=license or "unknown",
@@ -139,9 +142,9 @@ class SegmentationTrainer(Trainer):
         card.save(os.path.join(self.args.output_dir, "README.md"))
 
     def _counts(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """(B, num_labels, H, W) logits -> (B, num_labels, num_labels) counts."""
+        """(B, num_labels, h, w) logits and (B, H, W) labels -> (B, num_labels, num_labels) counts."""
         counts = []
-        for prediction, truth in zip(logits.argmax(1), labels, strict=True):
+        for prediction, truth in zip(predictions_from_logits(logits, labels), labels, strict=True):
             matrix = ConfusionMatrix(logits.shape[1], self.segmentation_loss.ignore_index)
             matrix.update(prediction, truth)
             counts.append(matrix.counts.to(labels.device))

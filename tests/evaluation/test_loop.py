@@ -9,8 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import Dinov2Config, UperNetConfig, UperNetForSemanticSegmentation
 
-from ailurus_hf import AiluRusForSemanticSegmentation, AiluRusImageProcessor, AiluRusSegformerForSemanticSegmentation
+from ailurus_hf import (
+    AiluRusForSemanticSegmentation,
+    AiluRusImageProcessor,
+    AiluRusSegformerForSemanticSegmentation,
+    apply_ailurus,
+)
 from ailurus_hf.evaluation import ConfusionMatrix, class_scores, evaluate_segmentation, segment_image
 from ailurus_hf.images import ImageFileError
 from ailurus_hf.training import SegmentationFolder
@@ -57,6 +63,30 @@ def test_hierarchical_models(samples):
     model = tiny_segformer(AiluRusSegformerForSemanticSegmentation, num_labels=NUM_LABELS)
     report = evaluate_segmentation(model, PROCESSOR, samples, (0.5,), ignore_index=IGNORE, progress=False)
     assert report.budgets[1].agreement.share() < 1
+
+
+def native():
+    backbone = Dinov2Config(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=4, patch_size=8, image_size=64,
+        out_indices=[1, 2, 3, 4],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = UperNetConfig(
+        backbone_config=backbone, hidden_size=16, auxiliary_in_channels=32, auxiliary_channels=8, num_labels=NUM_LABELS
+    )
+    return UperNetForSemanticSegmentation(config).eval()
+
+
+def test_models_of_transformers(samples):
+    plain = evaluate_segmentation(native(), PROCESSOR, samples, (1,), ignore_index=IGNORE, progress=False)
+    model = apply_ailurus(native(), keep_ratio=0.5)
+    adapted = evaluate_segmentation(model, PROCESSOR, samples, (0.25,), ignore_index=IGNORE, progress=False)
+    assert torch.equal(adapted.budgets[0].confusion.counts, plain.budgets[0].confusion.counts)
+    assert adapted.budgets[1].agreement.share() < 1
+    assert plain.rows()[0]["gflops"] is None
+    assert model.config.ailurus["keep_ratio"] == 0.5
+    with pytest.raises(TypeError, match="call apply_ailurus"):
+        evaluate_segmentation(native(), PROCESSOR, samples, (0.5,), ignore_index=IGNORE, progress=False)
 
 
 def test_views_are_averaged():

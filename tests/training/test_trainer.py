@@ -9,18 +9,20 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, get_peft_model
-from transformers import TrainerCallback, TrainingArguments
+from transformers import SegformerConfig, SegformerForSemanticSegmentation, TrainerCallback, TrainingArguments
 
-from ailurus_hf import AiluRusForSemanticSegmentation, AiluRusImageProcessor
+from ailurus_hf import AiluRusForSemanticSegmentation, AiluRusImageProcessor, apply_ailurus
 from ailurus_hf.evaluation import ConfusionMatrix
 from ailurus_hf.training import (
     KeepRatioSchedule,
     SegmentationAugmentation,
     SegmentationDataset,
+    SegmentationLoss,
     SegmentationTrainer,
     check_resume,
     open_layout,
 )
+from tests.evaluation.test_loop import native
 from tests.factories import tiny_model
 from tests.training.files import IGNORE, NUM_LABELS, labelled_picture, write_camvid, write_labels
 
@@ -225,3 +227,28 @@ def test_the_card_and_the_push_carry_the_results(data, tmp_path, monkeypatch):
     assert f"| 0.25 | {found[0.25]['eval_mean_iou']:.4f} |" in card.text
     assert "- steps: 2" in card.text
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model_type"] == "ailurus"
+
+
+def test_adapted_models_of_transformers_train_too(data, tmp_path):
+    """With logits of a quarter of the size, as BEiT's head gives them."""
+    config = SegformerConfig(
+        depths=[1] * 4, hidden_sizes=[8, 16, 16, 16], num_attention_heads=[1, 2, 2, 2], decoder_hidden_size=8,
+        num_labels=NUM_LABELS, sr_ratios=[2, 1, 1, 1],
+    )  # fmt: skip
+    loss = {"loss": SegmentationLoss(IGNORE)}
+    plain = trainer_for(data, SegformerForSemanticSegmentation(config), tmp_path / "plain", max_steps=2, trainer=loss)
+    plain.eval_keep_ratio = None
+    plain.train()
+    with pytest.raises(TypeError, match="has no keep_ratio"):
+        plain.evaluate()
+    adapted = native()
+    apply_ailurus(adapted, keep_ratio=0.5)
+    trainer = trainer_for(
+        data, adapted, tmp_path / "adapted", max_steps=4, trainer={"eval_keep_ratio": 0.25, "layer_decay": 0.9, **loss},
+        callbacks=[KeepRatioSchedule([(0, 1.0), (0.5, 0.5)])],
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.evaluate()["eval_keep_ratio"] == 0.25
+    assert len(losses(trainer)) == 4
+    trainer.create_model_card(dataset="Blocks")
+    assert (tmp_path / "adapted" / "README.md").is_file()
