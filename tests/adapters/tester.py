@@ -345,7 +345,13 @@ class FamilyTests:
         merged = outputs(model, inputs)  # transformers installs its recording hooks here; it cannot while compiling
         torch.compiler.reset()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert_close(outputs(compiled, inputs), merged)
+        try:
+            found = outputs(compiled, inputs)
+        except torch._dynamo.exc.Unsupported as error:
+            with pytest.raises(torch._dynamo.exc.Unsupported):
+                outputs(torch.compile(remove_ailurus(model), fullgraph=True, backend="aot_eager"), inputs)
+            pytest.skip(f"not possible with the native model: {str(error)[:80]}")
+        assert_close(found, merged)
         assert_equal(outputs(model, inputs), merged)
         model.config.ailurus["keep_ratio"] = 0.5
         assert_close(outputs(compiled, inputs), outputs(model, inputs))
