@@ -35,9 +35,11 @@ class MergedArguments:
 
     Attributes:
         each_layer: compute the arguments anew for every layer, from what it is given.
+        extra_arguments: whether layers must take keyword arguments that they do not name.
     """
 
     each_layer: ClassVar[bool] = False
+    extra_arguments: ClassVar[bool] = False
 
     def compute(self, call: LayerCall, merged: MergedSequence) -> dict[str, Any]:
         """Arguments for all layers of a merged stretch, from the call of its first layer on the full sequence; or for
@@ -59,6 +61,8 @@ class KeyBias(MergedArguments):
     While installed, the name of the model's attention function is prefixed with "ailurus_": the function of that name
     adds the sizes, and calls the original.
     """
+
+    extra_arguments: ClassVar[bool] = True
 
     mask: str = "attention_mask"
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..modeling.configuration_ailurus import AdaptiveResolutionMixin, AdaptiveResolutionSettings
 from .call_state import CallStates
 from .families import FamilySpec
-from .layer_call import LayerCall, positional_parameters
+from .layer_call import LayerCall, positional_parameters, takes_extra_arguments
 from .sequence import MergedSequence, merge_sequence, unfold_sequence
 
 _STATES = CallStates("ailurus_adapters")
@@ -86,6 +86,11 @@ class EncoderController:
         self.layers = list(self._find(spec.layers))
         self.patches, self.taps = self._find(*spec.patches), self._find(spec.taps)
         self.parameters = positional_parameters(self.layers[0])
+        if spec.bias.extra_arguments and not takes_extra_arguments(self.layers[0]):
+            raise ValueError(
+                f"{type(self.layers[0]).__name__} takes no further arguments in this version of transformers, so its "
+                "attention cannot learn the sizes of merged tokens; install transformers 5.23"
+            )
         self.choose: Any = None  # another way to choose the groups than clustering, see `merge_sequence`
         self._given: dict[str, Any] | None = None
         self._settings = AdaptiveResolutionSettings()

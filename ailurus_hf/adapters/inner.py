@@ -75,6 +75,8 @@ class PackedPositions(InnerKeyBias):
         argument: its name, in the layer and in the attention module.
     """
 
+    extra_arguments: ClassVar[bool] = False
+
     argument: str = "position_mask"
 
     def compute(self, call: LayerCall, merged: MergedSequence) -> dict[str, Any]:

@@ -164,6 +164,15 @@ class FamilyTests:
 
     cases: ClassVar[list[Case]]
 
+    @pytest.fixture(autouse=True)
+    def _supported(self, case):
+        try:
+            case.adapted()
+        except ValueError as error:
+            if "in this version of transformers" not in str(error):
+                raise
+            pytest.skip(str(error))
+
     def test_keeping_all_tokens_changes_no_bit(self, case):
         model, inputs = case.model(), case.inputs(2)
         plain = outputs(model, inputs)
@@ -318,7 +327,13 @@ class FamilyTests:
             pytest.skip(f"not possible with the native model: {str(error)[:80]}")
         checkpoint_layers(model, use_reentrant)
         largest = max(value.abs().max() for value in expected.values())
-        for name, value in gradients(model, inputs).items():
+        try:
+            found = gradients(model, inputs)
+        except RuntimeError as error:
+            if "without its patch embedding" not in str(error):
+                raise
+            pytest.skip("this version of transformers runs hooks inside the checkpoint, where the grid is not known")
+        for name, value in found.items():
             assert (value - expected[name]).abs().max() <= 1e-12 * largest, name
 
     def test_threads_share_a_model(self, case):
