@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import Dinov2Config, UperNetConfig, UperNetForSemanticSegmentation
+from transformers import BeitConfig, UperNetConfig, UperNetForSemanticSegmentation
 
 from ailurus_hf import (
     AiluRusForSemanticSegmentation,
@@ -66,9 +66,9 @@ def test_hierarchical_models(samples):
 
 
 def native():
-    backbone = Dinov2Config(
+    backbone = BeitConfig(
         hidden_size=32, num_hidden_layers=4, num_attention_heads=4, patch_size=8, image_size=64,
-        out_indices=[1, 2, 3, 4],
+        intermediate_size=64, out_indices=[1, 2, 3, 4],
     )  # fmt: skip
     torch.manual_seed(0)
     config = UperNetConfig(
