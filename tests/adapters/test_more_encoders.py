@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import pytest
 import torch
 
 # Named in some versions of transformers only.
@@ -48,7 +47,7 @@ from transformers import (
 )
 
 from tests.adapters.test_vit_like import BACKBONE, SQUARE, TINY, with_backbone
-from tests.adapters.tester import Case, FamilyTests, images, square_images
+from tests.adapters.tester import Case, FamilyTests, images, outputs, square_images
 from tests.factories import random_images
 
 TEXT = {
@@ -259,7 +258,15 @@ class TestQueries(FamilyTests):
     ]
 
     def test_layers_run_on_merged_tokens(self, case):
-        pytest.skip("the last layers run on all tokens and the queries")
+        """Four layers, the last with the queries: of the 64 patches the two in the middle see 16."""
+        model, lengths = case.adapted(), {}
+        for index, layer in enumerate(model.layers):
+            layer.register_forward_pre_hook(
+                lambda _, args, index=index: lengths.update({index: args[0].shape[1]}) or None
+            )
+        outputs(model, case.inputs(1))
+        num_prefix = lengths[0] - 64
+        assert lengths == {0: num_prefix + 64, 1: num_prefix + 16, 2: num_prefix + 16, 3: num_prefix + 64 + 6}
 
 
 WINDOWS = {
