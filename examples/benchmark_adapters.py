@@ -29,14 +29,18 @@ from transformers import (
     EomtForUniversalSegmentation,
     Sam3ViTConfig,
     Sam3ViTModel,
+    SamVisionConfig,
+    SamVisionModel,
     UperNetConfig,
     UperNetForSemanticSegmentation,
+    VitDetBackbone,
+    VitDetConfig,
     YolosConfig,
     YolosForObjectDetection,
 )  # fmt: skip
 
 from ailurus_hf import apply_ailurus, remove_ailurus
-from ailurus_hf.adapters import controller
+from ailurus_hf.adapters import controller, map_layers, sequence
 from ailurus_hf.benchmark import speed_up, time_side_by_side
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -44,6 +48,18 @@ TAPS = {"out_indices": [5, 12, 18, 24], "reshape_hidden_states": False}
 DINOV2_L = {**LARGE, "patch_size": 14, "image_size": 518}
 BEIT_B = {"use_relative_position_bias": True, "layer_scale_init_value": 0.1, "image_size": 640}
 DEPTH = {"patch_size": 14, "reassemble_hidden_size": 1024, "neck_hidden_sizes": [256, 512, 1024, 1024]}
+SAM_H = {
+    "hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "global_attn_indexes": [7, 15, 23, 31],
+}  # fmt: skip
+VITDET_B = {
+    "image_size": 1024, "window_size": 14, "window_block_indices": [0, 1, 3, 4, 6, 7, 9, 10],
+    "use_relative_position_embeddings": True,
+}  # fmt: skip
+# Where the time goes that merging costs: (module, name of a function).
+MERGING = {
+    False: [(controller, "merge_sequence"), (controller, "unfold_sequence")],
+    True: [(sequence, "choose_groups"), (map_layers, "merge_tokens"), (map_layers, "unfold_sequence")],
+}
 # Name -> model, and the height and width of its images.
 MODELS = {
     "depth_anything": (  # V2 Large
@@ -62,6 +78,9 @@ MODELS = {
     ),
     "yolos": (lambda: YolosForObjectDetection(YolosConfig(image_size=[800, 1344])), (800, 1344)),
     "eomt": (lambda: EomtForUniversalSegmentation(EomtConfig(**LARGE, num_labels=150)), (640, 640)),
+    "sam": (lambda: SamVisionModel(SamVisionConfig()), (1024, 1024)),
+    "sam_huge": (lambda: SamVisionModel(SamVisionConfig(**SAM_H)), (1024, 1024)),
+    "vitdet": (lambda: VitDetBackbone(VitDetConfig(**VITDET_B)), (1024, 1024)),
     "sam3": (lambda: Sam3ViTModel(Sam3ViTConfig()), (1008, 1008)),
     "upernet_beit": (
         lambda: UperNetForSemanticSegmentation(
@@ -105,8 +124,11 @@ def measure(name, rounds, dtype):
     model, pixels = build().eval().to(dtype), torch.randn(1, 3, *size, dtype=dtype)
     seconds = {"plain": [], "0.5": [], "0.25": []}
     merging, encoder = Stopwatch(), Stopwatch()
-    owner = controller.controllers_of(apply_ailurus(model))[0].owner
-    plain_functions = controller.merge_sequence, controller.unfold_sequence
+    adapter = controller.controllers_of(apply_ailurus(model))[0]
+    owner = adapter.owner
+    functions = [
+        (place, function, getattr(place, function)) for place, function in MERGING[adapter.spec.map_layer is not None]
+    ]
     for number in track(range(rounds + 1), name, console=Console(stderr=True)):
         for variant in seconds:
             remove_ailurus(model)
@@ -115,10 +137,9 @@ def measure(name, rounds, dtype):
                 hooks = [owner.register_forward_pre_hook(encoder.start), owner.register_forward_hook(encoder.stop)]
             else:
                 apply_ailurus(model, keep_ratio=float(variant))
-            if variant == "0.25":
-                controller.merge_sequence, controller.unfold_sequence = map(merging.around, plain_functions)
+            for place, function, original in functions:
+                setattr(place, function, merging.around(original) if variant == "0.25" else original)
             seconds[variant] += time_side_by_side({"": lambda: model(pixels)}, rounds=1, warmup=0)[""]
-            controller.merge_sequence, controller.unfold_sequence = plain_functions
             for hook in hooks:
                 hook.remove()
         if number == 0:  # warm-up

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from .controller import EncoderController, check_settings, controllers_of
 from .families import FAMILIES, UNSUPPORTED, FamilySpec
+from .map_layers import MapController
 
 
 class _Kept:
@@ -79,7 +80,7 @@ def apply_ailurus(
     known = controllers_of(model)
     adapted = {id(controller.owner) for controller in known}
     fresh = [
-        EncoderController(module, spec, config)
+        (MapController if spec.map_layer else EncoderController)(module, spec, config)
         for module, spec in _encoders(model, family)
         if id(module) not in adapted
     ]

@@ -86,7 +86,7 @@ class EncoderController:
         self.layers = list(self._find(spec.layers))
         self.patches, self.taps = self._find(*spec.patches), self._find(spec.taps)
         self.parameters = positional_parameters(self.layers[0])
-        if spec.bias.extra_arguments and not takes_extra_arguments(self.layers[0]):
+        if not spec.map_layer and spec.bias.extra_arguments and not takes_extra_arguments(self.layers[0]):
             raise ValueError(
                 f"{type(self.layers[0]).__name__} takes no further arguments in this version of transformers, so its "
                 "attention cannot learn the sizes of merged tokens; install transformers 5.23"

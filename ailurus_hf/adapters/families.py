@@ -19,6 +19,7 @@ check everything the row promises. A row answers, in this order:
 7. *What knows about positions inside the layers?* `positions`: nothing for positions added to the embeddings,
    `RotaryPositions()` for rotary tables handed to every layer. For another kind, write a subclass of `MergedArguments`.
 8. *Does anything between the layers count tokens?* `segments`: the stretches of layers that run on merged tokens.
+9. *Do layers take maps and nothing else?* `map_layer`: names of the modules in a layer, each merged inside.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,9 +39,25 @@ def grid_of_convolution(output: Tensor, config: Any) -> tuple[int, ...]:
 
 
 def global_layers(settings: AdaptiveResolutionMixin, num_layers: int, config: Any) -> Sequence[range]:
-    """Each layer with global attention by itself; the windows between them need the whole grid."""
+    """Each layer with global attention by itself; the windows between them need the whole grid.
+
+    Raises:
+        ValueError: the settings leave no such layer.
+    """
+    if hasattr(config, "global_attn_indexes"):
+        with_global = sorted(index % num_layers for index in config.global_attn_indexes)
+    else:  # ViTDet names the others
+        windows = config.window_block_indices if config.window_size > 0 else ()
+        with_global = [index for index in range(num_layers) if index not in windows]
     merged = settings.merged_layers(num_layers)
-    return [range(index, index + 1) for index in config.global_attn_indexes if index % num_layers in merged]
+    chosen = [range(index, index + 1) for index in with_global if index in merged]
+    if not chosen:
+        raise ValueError(
+            f"cluster_layer={settings.cluster_layer} and tail_layers={settings.tail_layers} must leave a layer with "
+            f"global attention, which are {with_global}: only those run on merged tokens, the windows between them "
+            "need the whole grid"
+        )
+    return chosen
 
 
 def grid_of_window(name: str) -> Callable[[Any, Any], tuple[int, ...]]:
@@ -73,6 +90,25 @@ def one_segment(settings: AdaptiveResolutionMixin, num_layers: int, config: Any)
 
 
 @dataclass(frozen=True)
+class MapLayer:
+    """Where a layer that takes maps (batch_size, height, width, hidden_size) has the modules that merging goes around.
+
+    Args:
+        attention: path to its attention module, which has `qkv`, `proj` and `scale`.
+        norm1: path to the norm before that.
+        norm2: path to the norm before the feed-forward network.
+        mlp: path to the feed-forward network.
+        num_heads: name of the attention module's attribute for the number of heads.
+    """
+
+    attention: str
+    norm1: str
+    norm2: str
+    mlp: str = "mlp"
+    num_heads: str = "num_attention_heads"
+
+
+@dataclass(frozen=True)
 class FamilySpec:
     """How one family of vision encoders is adapted; see the description of this file for every field.
 
@@ -94,6 +130,8 @@ class FamilySpec:
             to the sequence after every layer but the last; "" for none.
         maps: whether hidden states are (batch_size, height, width, hidden_size); merged ones are (batch_size, 1, M,
             hidden_size).
+        map_layer: for layers that take such a map and nothing else: tokens are merged inside each of them, see
+            `map_layers.py`. Of the other fields those for the encoder count, and `segments`.
     """
 
     family: str
@@ -109,6 +147,7 @@ class FamilySpec:
     order: tuple[str, int] | None = None
     tables: str = ""
     maps: bool = False
+    map_layer: MapLayer | None = None
 
     def owns(self, module: nn.Module) -> bool:
         """Whether the module is an encoder of this family."""
@@ -126,6 +165,8 @@ class FamilySpec:
 _VIT_PATCHES = ("embeddings.patch_embeddings.projection",)
 _CLIP_PATCHES = ("embeddings.patch_embedding",)
 _HYBRID_PATCHES = (*_VIT_PATCHES, "embeddings.projection")
+_SAM_PATCHES = ("patch_embed.projection",)
+_SAM_LAYER = MapLayer("attn", "layer_norm1", "layer_norm2")
 
 FAMILIES: tuple[FamilySpec, ...] = (
     FamilySpec("vit", ("ViTModel",), "layers", _VIT_PATCHES),
@@ -224,7 +265,18 @@ FAMILIES: tuple[FamilySpec, ...] = (
         taps="encoder",
         grid=grid_of_window("num_windows_side"),
     ),
-    # Merged around each layer with global attention; those in windows run on the whole grid.
+    # Merged around, or inside, each layer with global attention; those in windows run on the whole grid.
+    FamilySpec("sam", ("SamVisionEncoder",), "layers", _SAM_PATCHES, segments=global_layers, map_layer=_SAM_LAYER),
+    FamilySpec("sam_hq", ("SamHQVisionEncoder",), "layers", _SAM_PATCHES, segments=global_layers, map_layer=_SAM_LAYER),
+    FamilySpec(
+        "vitdet",
+        ("VitDetModel", "VitDetBackbone"),
+        "encoder.layer",
+        ("embeddings.projection",),
+        taps="encoder",
+        segments=global_layers,
+        map_layer=MapLayer("attention", "norm1", "norm2", num_heads="num_heads"),
+    ),
     FamilySpec(
         "sam3",
         ("Sam3ViTModel",),
@@ -249,13 +301,10 @@ UNSUPPORTED: dict[str, str] = {
     "HieraModel": "its tokens are pooled and reordered between the layers",
     "PvtModel": "its tokens are pooled between the layers",
     "PvtV2Model": "its tokens are pooled between the layers",
-    "SamHQVisionEncoder": "it runs on maps in windows, with positions relative to the full grid inside the attention",
-    "SamVisionEncoder": "it runs on maps in windows, with positions relative to the full grid inside the attention",
     "SegformerModel": "its stages are no plain sequence; convert the checkpoint instead: `ailurus-hf convert auto`",
     "Siglip2VisionModel": "its batches hold images of different grids, padded",
     "Siglip2VisionTransformer": "its batches hold images of different grids, padded",
     "SwinModel": "it runs in shifted windows, and merges patches between its stages",
     "Swinv2Model": "it runs in shifted windows, and merges patches between its stages",
     "TimesformerModel": "its attention is divided into time and space",
-    "VitDetBackbone": "it runs on maps in windows, with positions relative to the full grid inside the attention",
 }

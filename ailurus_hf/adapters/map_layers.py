@@ -1,0 +1,205 @@
+"""Encoders on maps, whose windows need the whole grid: tokens are merged inside each layer with global attention.
+
+Such layers take nothing but a map (batch_size, height, width, hidden_size), their attention makes its relative
+positions from the map's sides, and a convolution may follow on the grid. So nothing can be handed to them, and merging
+goes around their two branches instead: each runs on the merged tokens, and what it adds is unfolded. With x the map,
+m(x) the means of the groups and u the unfolding, u(m(x) + branch) + x - u(m(x)) = x + u(branch): the result is that of
+a whole layer on merged tokens with its residual added back.
+
+Everything happens inside the layer, clustering included, so gradient checkpointing does it again by itself.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..modeling.token_merging import merge_tokens
+from . import sequence
+from .call_state import CallStates
+from .controller import EncoderController
+from .families import MapLayer
+from .sequence import MergedSequence, unfold_sequence
+
+_STATES = CallStates("ailurus_map_layers")
+
+
+@dataclass
+class _LayerState:
+    """What the hooks of one layer share.
+
+    Attributes:
+        merged: what brings the grid back.
+        grid: its height and width in tokens.
+        tokens: input of the attention, (batch_size, M, hidden_size).
+        copied: what to add where the grid is to hold copies of the merged tokens, (batch_size, N, hidden_size).
+    """
+
+    merged: MergedSequence
+    grid: tuple[int, int]
+    tokens: Tensor | None = None
+    copied: Tensor | None = None
+
+
+class MapController(EncoderController):
+    """Hooks of one encoder whose row says `map_layer`; see the description of this file."""
+
+    def install(self) -> None:
+        self.patches.register_forward_pre_hook(self.check_pixels)
+        self.taps.register_forward_hook(self.refuse_attentions, prepend=True)
+        for index, layer in enumerate(self.layers):
+            part = partial(self._part, layer)
+            part("norm1").register_forward_pre_hook(partial(self.merge, index))
+            part("attention").register_forward_pre_hook(partial(self.withhold_tokens, index), with_kwargs=True)
+            # Behind the hooks of others they would see the output of one token.
+            part("attention").register_forward_hook(partial(self.attend, index), prepend=True)
+            part("norm2").register_forward_pre_hook(partial(self.merge_again, index))
+            part("mlp").register_forward_hook(partial(self.unfold, index), prepend=True)
+
+    def _part(self, layer: nn.Module, name: str) -> nn.Module:
+        return layer.get_submodule(getattr(self._names, name))
+
+    @property
+    def _names(self) -> MapLayer:
+        assert self.spec.map_layer is not None
+        return self.spec.map_layer
+
+    def _layer_state(self, index: int) -> _LayerState | None:
+        state: _LayerState | None = _STATES.get(self.layers[index])
+        return state
+
+    def merge(self, index: int, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Hook before the first norm: the layer begins; cluster the map and go on with the means."""
+        _STATES.clear(self.layers[index])
+        settings = self.settings
+        if not any(index in segment for segment in self.segments(settings)):
+            return None
+        tokens, grid = args[0].flatten(1, 2), (args[0].shape[1], args[0].shape[2])
+        groups = (self.choose or sequence.choose_groups)(tokens, grid, settings)
+        if groups is None:
+            return None
+        _STATES.set(self.layers[index], _LayerState(MergedSequence(groups, 0, 0, None), grid))
+        return (merge_tokens(tokens, groups)[:, None],)
+
+    def withhold_tokens(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hook before the attention module: it gets one token, since it knows nothing of merged ones."""
+        state = self._layer_state(index)
+        if state is None:
+            return None
+        if args:
+            state.tokens = args[0][:, 0]
+            return (args[0][:, :, :1], *args[1:]), kwargs
+        (name,) = (name for name, value in kwargs.items() if isinstance(value, Tensor))
+        state.tokens = kwargs[name][:, 0]
+        return args, {**kwargs, name: kwargs[name][:, :, :1]}
+
+    def attend(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Hook after the attention module: attention between the merged tokens in place of what it made of one."""
+        state = self._layer_state(index)
+        if state is None:
+            return None
+        assert state.tokens is not None
+        num_heads = getattr(module, self._names.num_heads)
+        tokens = attention_on_merged(module, state.tokens, state.merged, state.grid, num_heads)
+        state.tokens = None
+        return (self._on_grid(tokens, state), *output[1:])
+
+    def merge_again(self, index: int, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Hook before the second norm: the same groups of the map that the attention was added to."""
+        state = self._layer_state(index)
+        if state is None:
+            return None
+        tokens = args[0].flatten(1, 2)
+        merged = merge_tokens(tokens, state.merged.groups)
+        if self.settings.unfold == "copy":
+            state.copied = unfold_sequence(merged, state.merged) - tokens
+        return (merged[:, None],)
+
+    def unfold(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Hook after the feed-forward network: unfold what it adds to the map; the layer ends."""
+        state = self._layer_state(index)
+        if state is None:
+            return None
+        _STATES.clear(self.layers[index])
+        grid = self._on_grid(output[:, 0], state)
+        return grid if state.copied is None else grid + state.copied.unflatten(1, state.grid)
+
+    def _on_grid(self, tokens: Tensor, state: _LayerState) -> Tensor:
+        return unfold_sequence(tokens, state.merged).unflatten(1, state.grid)
+
+    def refuse_attentions(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook where the encoder hands out attention weights: those of one token are none."""
+        for part in output.values() if isinstance(output, dict) else output:
+            if isinstance(part, tuple) and any(isinstance(item, Tensor) and item.shape[-2:] == (1, 1) for item in part):
+                raise ValueError(
+                    "output_attentions=True is not possible where tokens are merged: the weights of those layers are "
+                    "between merged tokens; set model.config.ailurus['keep_ratio'] = 1, or call remove_ailurus(model)"
+                )
+
+
+def attention_on_merged(
+    attention: Any, tokens: Tensor, merged: MergedSequence, grid: tuple[int, int], num_heads: int
+) -> Tensor:
+    """Attention with decomposed relative positions (MViTv2, section 4.1), between tokens that stand for several.
+
+    Each merged token is at its representative's place on the grid, and counts as often as it has members.
+
+    Args:
+        attention: module with the linear layers `qkv` and `proj`, and `scale`; with `rel_pos_h` and `rel_pos_w`, each
+            (2 * size - 1, head_dim), where it has relative positions.
+        tokens: (batch_size, M, hidden_size).
+        merged: the groups.
+        grid: height and width of the full grid.
+        num_heads: number of attention heads.
+
+    Returns:
+        (batch_size, M, hidden_size).
+
+    Raises:
+        ValueError: the module's tables are offloaded.
+    """
+    query, key, value = attention.qkv(tokens).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    bias = merged.log_sizes()[:, None, None].to(query.dtype)
+    if hasattr(attention, "rel_pos_h"):
+        places = merged.groups.representatives
+        rows, columns = places.div(grid[1], rounding_mode="floor"), places.remainder(grid[1])
+        bias = bias + relative_positions(query, attention.rel_pos_h, rows, grid[0])
+        bias = bias + relative_positions(query, attention.rel_pos_w, columns, grid[1])
+    dropout = getattr(attention, "dropout", 0.0) if attention.training else 0.0
+    attended = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, dropout_p=dropout, scale=attention.scale
+    )
+    return attention.proj(attended.transpose(1, 2).flatten(2))
+
+
+def relative_positions(query: Tensor, table: Tensor, places: Tensor, size: int) -> Tensor:
+    """What relative positions along one axis add to the attention scores.
+
+    Args:
+        query: (batch_size, num_heads, M, head_dim).
+        table: (L, head_dim), a vector per distance; resized to the 2 * size - 1 distances of the axis.
+        places: (batch_size, M) int64, place of every token on the axis.
+        size: length of the axis.
+
+    Returns:
+        (batch_size, num_heads, M, M), entry (i, j) the product of query i with the vector of distance
+        `places[i] - places[j]`.
+
+    Raises:
+        ValueError: the table is offloaded.
+    """
+    if table.is_meta:
+        raise ValueError(
+            "the tables of relative positions are offloaded while tokens are merged: keep the vision encoder on a "
+            "device in device_map, or call remove_ailurus(model)"
+        )
+    num_distances = 2 * size - 1
+    if table.shape[0] != num_distances:
+        table = F.interpolate(table.t()[None], size=num_distances, mode="linear")[0].t()
+    axis = torch.arange(size, device=places.device)
+    distances = places[..., None] - axis + size - 1
+    along = torch.einsum("bhmc,bmkc->bhmk", query, table[distances])
+    return along.gather(3, places[:, None, None].expand(*along.shape[:3], -1))
