@@ -21,6 +21,7 @@ from transformers import (
     Dinov2Config,
     EomtConfig,
     EomtForUniversalSegmentation,
+    LwDetrForObjectDetection,
     LwDetrViTBackbone,
     LwDetrViTConfig,
     OneFormerConfig,
@@ -67,6 +68,7 @@ from tests.adapters.tester import (
     Case,
     FamilyTests,
     assert_close,
+    differ,
     images,
     outputs,
     random_permutation,
@@ -111,7 +113,8 @@ def optional(name, class_name, config_name, settings, inputs=square_images, back
         return []
     if backbone is not None:
         settings = {**settings, "backbone_config": transformers.Tipsv2VisionConfig(**backbone)}
-    return [Case(name, model_class, getattr(transformers, config_name), settings, inputs, **kwargs)]
+    config = config_name if callable(config_name) else getattr(transformers, config_name)
+    return [Case(name, model_class, config, settings, inputs, **kwargs)]
 
 
 class TestTowers(FamilyTests):
@@ -299,23 +302,40 @@ WINDOWS = {
 }  # fmt: skip
 
 
+DETECTOR = {
+    "d_model": 32, "decoder_ffn_dim": 32, "decoder_layers": 2, "decoder_self_attention_heads": 4,
+    "decoder_cross_attention_heads": 4, "decoder_n_points": 2, "num_queries": 7, "group_detr": 2,
+}  # fmt: skip
+LW_DETR = {
+    **WINDOWS,
+    "pretrain_image_size": 64,
+    "num_windows": 4,
+    "num_windows_side": 2,
+    "window_block_indices": [0, 2],
+}
+RF_DETR = {**WINDOWS, "num_windows": 2, "window_block_indexes": [0, 2]}
+
+
+def detector(family, backbone, *, projector=None, **settings):
+    backbone_config = getattr(transformers, backbone)(**settings)
+    return getattr(transformers, f"{family}Config")(backbone_config=backbone_config, **DETECTOR, **(projector or {}))
+
+
 class TestWindows(FamilyTests):
     """Windows are folded into the batch, and tokens are clustered inside each; global layers join the windows."""
 
     cases = [
+        Case("lw_detr", LwDetrViTBackbone, LwDetrViTConfig, LW_DETR, square_images),
         Case(
-            "lw_detr",
-            LwDetrViTBackbone,
-            LwDetrViTConfig,
-            {
-                **WINDOWS, "pretrain_image_size": 64, "num_windows": 4, "num_windows_side": 2,
-                "window_block_indices": [0, 2],
-            },
+            "lw_detr_detector",
+            LwDetrForObjectDetection,
+            partial(detector, "LwDetr", "LwDetrViTConfig", projector={"projector_scale_factors": [1.0]}),
+            LW_DETR,
             square_images,
         ),
+        *optional("rf_detr", "RfDetrDinov2Backbone", "RfDetrDinov2Config", RF_DETR),
         *optional(
-            "rf_detr", "RfDetrDinov2Backbone", "RfDetrDinov2Config",
-            {**WINDOWS, "num_windows": 2, "window_block_indexes": [0, 2]},
+            "rf_detr_detector", "RfDetrForObjectDetection", partial(detector, "RfDetr", "RfDetrDinov2Config"), RF_DETR,
         ),
     ]  # fmt: skip
 
@@ -351,6 +371,25 @@ class TestVideos(FamilyTests):
             jepa_videos,
         ),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("shuffled", [True, False], ids=["another order", "a quarter"])
+def test_vjepa2_predicts_between_masks_of_all_tokens(shuffled):
+    """The masks of its predictor name places in the full sequence, which is what the encoder hands out."""
+    case = TestVideos.cases[1]
+    order = torch.stack([torch.randperm(128, generator=torch.Generator().manual_seed(seed)) for seed in range(2)])
+    inputs = {**jepa_videos(2), "context_mask": [order[:, :100]], "target_mask": [order[:, 100:]]}
+    model = case.model()
+    plain = outputs(model, inputs)
+    assert plain[".predictor_output.last_hidden_state"].shape[1] == 28
+    apply_ailurus(model, cluster_layer=1, keep_ratio=0.25)
+    if shuffled:
+        controllers_of(model)[0].choose = random_permutation
+        assert_close(outputs(model, inputs), plain)
+    else:
+        merged = outputs(model, inputs)
+        assert {name: value.shape for name, value in merged.items()} == {n: value.shape for n, value in plain.items()}
+        assert differ(merged, plain)
 
 
 SAM_VISION = {
