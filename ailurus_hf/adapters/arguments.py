@@ -22,7 +22,7 @@ from .layer_call import LayerCall
 from .sequence import MergedSequence
 
 _PREFIX = "ailurus_"
-# Attention module -> sizes that a hook on it took from its arguments, for the attention function that it calls next.
+# Attention module -> sizes for the attention function that it calls next.
 INNER_SIZES = CallStates("ailurus_inner_sizes")
 _EAGER_ATTENTION: dict[type[nn.Module], Callable[..., Any]] = {}  # attention class -> eager function of its file
 
@@ -146,6 +146,31 @@ def _attention_configs(layers: Iterable[nn.Module]) -> Iterator[Any]:
                 yield config
 
 
+def announce_sizes(layer: nn.Module, sizes: Tensor) -> None:
+    """Have the attention function find the sizes, for layers that take no argument that could carry them."""
+    for module in _with_config(layer):
+        INNER_SIZES.set(module, sizes)
+
+
+def take_back_sizes(layer: nn.Module) -> None:
+    """End what `announce_sizes` began.
+
+    Raises:
+        RuntimeError: no attention function of transformers' interface asked for the sizes.
+    """
+    left = [INNER_SIZES.take(module) is not None for module in _with_config(layer)]
+    if all(left):
+        raise RuntimeError(
+            f"{type(layer).__name__} did not learn the sizes of its merged tokens: it takes no keyword arguments, and "
+            "its attention does not go through transformers' attention interface; give its row another `bias`"
+        )
+
+
+def _with_config(layer: nn.Module) -> list[nn.Module]:
+    """Modules that can call the attention function, whose name is in their configuration."""
+    return [module for module in layer.modules() if hasattr(module, "config")]
+
+
 def _register_eager(layers: Iterable[nn.Module]) -> None:
     """Remember the eager function of each attention class; unlike the others it has no name in the interface."""
     for layer in layers:
@@ -187,7 +212,7 @@ def _attention(
     the mask between pairs of tokens cut to those at `ailurus_kept` (batch_size, num_tokens)."""
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _EAGER_ATTENTION.get(type(module)))
     if ailurus_key_bias is None:
-        ailurus_key_bias = INNER_SIZES.get(module)
+        ailurus_key_bias = INNER_SIZES.take(module)
     if ailurus_key_bias is None:
         return attention(module, query, key, value, attention_mask, **kwargs)
     kwargs["scaling"] = kwargs.get("scaling") or query.shape[-1] ** -0.5

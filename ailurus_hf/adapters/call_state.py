@@ -25,13 +25,23 @@ class CallStates:
         """The value of this forward, or None."""
         return self._all().get(key)
 
+    def take(self, key: Any) -> Any:
+        """The value of this forward, or None; it is forgotten."""
+        value = self.get(key)
+        self.clear(key)
+        return value
+
     def set(self, key: Any, value: Any) -> None:
-        """Start a forward, or replace its value."""
-        self._replace({**self._all(), key: value})
+        """Start a forward, or replace its value; None ends it."""
+        if value is None:
+            self.clear(key)
+        else:
+            self._replace({**self._all(), key: value})
 
     def clear(self, key: Any) -> None:
-        """End a forward."""
-        self._replace({other: value for other, value in self._all().items() if other is not key})
+        """End a forward; what is not forgotten keeps the model alive."""
+        if key in self._all():
+            self._replace({other: value for other, value in self._all().items() if other is not key})
 
     def _all(self) -> dict[Any, Any]:
         return self._traced if torch.compiler.is_compiling() else self._context.get() or {}

@@ -19,6 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from ..modeling.configuration_ailurus import AdaptiveResolutionMixin, AdaptiveResolutionSettings
+from .arguments import announce_sizes, take_back_sizes
 from .call_state import CallStates
 from .families import FamilySpec
 from .layer_call import LayerCall, positional_parameters, takes_extra_arguments
@@ -86,11 +87,8 @@ class EncoderController:
         self.layers = list(self._find(spec.layers))
         self.patches, self.taps = self._find(*spec.patches), self._find(spec.taps)
         self.parameters = positional_parameters(self.layers[0])
-        if not spec.map_layer and spec.bias.extra_arguments and not takes_extra_arguments(self.layers[0]):
-            raise ValueError(
-                f"{type(self.layers[0]).__name__} takes no further arguments in this version of transformers, so its "
-                "attention cannot learn the sizes of merged tokens; install transformers 5.23"
-            )
+        # Before transformers 5.23 some layers take nothing beside the hidden states; their attention finds the sizes.
+        self.announces = spec.bias.extra_arguments and not takes_extra_arguments(self.layers[0])
         self.choose: Any = None  # another way to choose the groups than clustering, see `merge_sequence`
         self._given: dict[str, Any] | None = None
         self._settings = AdaptiveResolutionSettings()
@@ -198,6 +196,9 @@ class EncoderController:
             arguments = state.current.arguments
             if self.spec.bias.each_layer:
                 arguments = arguments | self.spec.bias.compute(call, state.current.merged)
+            if self.announces:
+                arguments = dict(arguments)
+                announce_sizes(layer, arguments.pop("ailurus_key_bias"))
             call = call.replace(arguments)
         return call.args, dict(call.kwargs)
 
@@ -223,6 +224,8 @@ class EncoderController:
         """Hook after each layer: unfold where a stretch ends."""
         state = self._state()
         stretch = state.current
+        if stretch is not None and self.announces:
+            take_back_sizes(layer)
         if stretch is None or index != stretch.layers.stop - 1:
             return None
         state.current = None

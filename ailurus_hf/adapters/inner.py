@@ -160,14 +160,15 @@ class InnerRelativeBias(MergedArguments):
         call = LayerCall(positional_parameters(module), args, kwargs)
         given = call.get(self.argument)
         pair = given if isinstance(given, PairBias) else None
-        _KEPT.set(getattr(module, self.table, None), None if pair is None else pair.kept)
+        if getattr(module, self.table, None) is not None:
+            _KEPT.set(module.get_submodule(self.table), None if pair is None else pair.kept)
         if pair is not None:
             call = call.replace({self.argument: pair.bias})
         return call.args, dict(call.kwargs)
 
     def cut(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Hook after the module that makes the bias."""
-        kept = _KEPT.get(module)
+        kept = _KEPT.take(module)
         return output if kept is None else rows_and_columns(output, kept)
 
 
