@@ -152,14 +152,24 @@ def announce_sizes(layer: nn.Module, sizes: Tensor) -> None:
         INNER_SIZES.set(module, sizes)
 
 
+def announced_sizes(layer: nn.Module) -> Tensor | None:
+    """The sizes that `announce_sizes` left for this layer and nobody took yet, or None."""
+    return next((sizes for module in _with_config(layer) if (sizes := INNER_SIZES.get(module)) is not None), None)
+
+
+def forget_sizes(layer: nn.Module) -> bool:
+    """End what `announce_sizes` began; whether the sizes were taken."""
+    left = [INNER_SIZES.take(module) is not None for module in _with_config(layer)]
+    return not all(left)
+
+
 def take_back_sizes(layer: nn.Module) -> None:
     """End what `announce_sizes` began.
 
     Raises:
         RuntimeError: no attention function of transformers' interface asked for the sizes.
     """
-    left = [INNER_SIZES.take(module) is not None for module in _with_config(layer)]
-    if all(left):
+    if not forget_sizes(layer):
         raise RuntimeError(
             f"{type(layer).__name__} did not learn the sizes of its merged tokens: it takes no keyword arguments, and "
             "its attention does not go through transformers' attention interface; give its row another `bias`"

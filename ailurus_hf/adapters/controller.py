@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..modeling.configuration_ailurus import AdaptiveResolutionMixin, AdaptiveResolutionSettings
 from .arguments import announce_sizes, take_back_sizes
 from .call_state import CallStates
+from .checkpointing import keep_hooks_outside, put_hooks_back
 from .families import FamilySpec
 from .layer_call import LayerCall, positional_parameters, takes_extra_arguments
 from .sequence import MergedSequence, merge_sequence, unfold_sequence
@@ -128,8 +129,7 @@ class EncoderController:
 
     def install(self) -> None:
         """Register the hooks."""
-        self.spec.bias.install(self.layers)
-        self.spec.positions.install(self.layers)
+        self._prepare_layers()
         self.patches.register_forward_pre_hook(self.check_pixels)
         self.patches.register_forward_hook(self.open_call)
         if self.spec.order is not None:
@@ -150,6 +150,13 @@ class EncoderController:
                     getattr(module, table).pop(key, None)
         self.spec.bias.remove(self.layers)
         self.spec.positions.remove(self.layers)
+        put_hooks_back(self.layers)
+
+    def _prepare_layers(self) -> None:
+        """What later changes of the model may undo, so it is done on every forward."""
+        self.spec.bias.install(self.layers)
+        self.spec.positions.install(self.layers)
+        keep_hooks_outside(self.layers)
 
     def check_pixels(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Hook before the patch embedding: refuse images that hold no patch."""
@@ -163,8 +170,7 @@ class EncoderController:
 
     def open_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook after the patch embedding: a forward begins."""
-        self.spec.bias.install(self.layers)
-        self.spec.positions.install(self.layers)
+        self._prepare_layers()
         grid = self.spec.grid(output, getattr(self.owner, "config", None))
         _STATES.set(self, CallState(self.settings, grid, self.segments(self.settings)))
 
@@ -256,14 +262,16 @@ class EncoderController:
         if not isinstance(recorded, tuple):
             return recorded
         _refuse_attentions(recorded)
-        if len(recorded) != len(self.layers) + 1:
+        first = len(recorded) - len(self.layers)  # place of the first layer's output
+        if first not in (0, 1):  # 0: chosen ones, before transformers 5.23
             return recorded
         states = list(recorded)
         for stretch in stretches:
-            for place in range(stretch.layers.start + 1, stretch.layers.stop):
-                if states[place] is not None:
-                    states[place] = unfold_sequence(states[place], stretch.merged)
-            if stretch.layers.start == 0 and states[0] is not None:
+            for place in range(stretch.layers.start + first, stretch.layers.stop - 1 + first):
+                state = states[place]
+                if state is not None and (first == 1 or state.shape[1:2] == (stretch.merged.num_tokens,)):
+                    states[place] = unfold_sequence(state, stretch.merged)
+            if first == 1 and stretch.layers.start == 0 and states[0] is not None:
                 states[0] = stretch.inputs
         return tuple(states)
 

@@ -55,7 +55,7 @@ class Case:
         settings: of the configuration.
         inputs: batch size -> inputs of the model.
         cluster_layer: where the tests merge.
-        compiled: whether it is compiled in every run of the tests; the others are by `make test-slow`.
+        compiled: whether it is compiled and exported in every run of the tests; the others are by `make test-slow`.
     """
 
     name: str
@@ -328,12 +328,8 @@ class FamilyTests:
             pytest.skip(f"not possible with the native model: {str(error)[:80]}")
         checkpoint_layers(model, use_reentrant)
         largest = max(value.abs().max() for value in expected.values())
-        try:
-            found = gradients(model, inputs)
-        except RuntimeError as error:
-            if "without its patch embedding" not in str(error):
-                raise
-            pytest.skip("this version of transformers runs hooks inside the checkpoint, where the grid is not known")
+        found = gradients(model, inputs)
+        assert found.keys() == expected.keys()
         for name, value in found.items():
             assert (value - expected[name]).abs().max() <= 1e-12 * largest, name
 
@@ -374,3 +370,20 @@ class FamilyTests:
         assert_equal(outputs(model, inputs), merged)
         model.config.ailurus["keep_ratio"] = 0.5
         assert_close(outputs(compiled, inputs), outputs(model, inputs))
+
+    def test_exports_with_a_dynamic_batch(self, case):
+        model, inputs = case.adapted(neighborhood_size=8), case.inputs(2)
+        try:
+            exported = export(model, inputs)
+        except (RuntimeError, ValueError, torch._dynamo.exc.UserError) as error:
+            with pytest.raises(type(error)):
+                export(remove_ailurus(model), inputs)
+            pytest.skip(f"not possible with the native model: {str(error)[:80]}")
+        with torch.no_grad():
+            found, expected = exported(**case.inputs(3)), model(**case.inputs(3))
+        assert_close(tensors(found), tensors(expected))
+
+
+def export(model: Any, inputs: dict[str, Any]) -> Callable[..., Any]:
+    batch = {0: torch.export.Dim("batch", min=2, max=16)}
+    return torch.export.export(model, (), inputs, dynamic_shapes=dict.fromkeys(inputs, batch)).module()
