@@ -31,7 +31,8 @@ _EAGER_ATTENTION: dict[type[nn.Module], Callable[..., Any]] = {}  # attention cl
 class MergedArguments:
     """Arguments that layers get while they run on merged tokens. This one gives none.
 
-    Subclasses override `compute`, and `install` with `remove` where the model itself must be prepared.
+    Subclasses override `compute`, `check` where not every model can take the arguments, and `install` with `remove`
+    where the model itself must be prepared.
 
     Attributes:
         each_layer: compute the arguments anew for every layer, from what it is given.
@@ -45,6 +46,9 @@ class MergedArguments:
         """Arguments for all layers of a merged stretch, from the call of its first layer on the full sequence; or for
         one layer, from its own call."""
         return {}
+
+    def check(self, layers: Iterable[nn.Module]) -> None:
+        """Raise ValueError where the layers cannot take the arguments."""
 
     def install(self, layers: Iterable[nn.Module]) -> None:
         """Prepare the layers; called on every forward, so that later changes of the model are seen."""
@@ -106,7 +110,7 @@ class MaskBias(MergedArguments):
         _refuse_mask(call, self.argument)
         return {self.argument: merged.log_sizes()[:, None, None, :].to(call.args[0].dtype)}
 
-    def install(self, layers: Iterable[nn.Module]) -> None:
+    def check(self, layers: Iterable[nn.Module]) -> None:
         for config in _attention_configs(layers):
             if config._attn_implementation not in ("eager", "sdpa"):
                 raise ValueError(
@@ -114,6 +118,8 @@ class MaskBias(MergedArguments):
                     f"'sdpa' or 'eager', got {config._attn_implementation!r}; call "
                     "model.set_attn_implementation('sdpa') first"
                 )
+
+    install = check
 
 
 @dataclass(frozen=True)

@@ -80,13 +80,14 @@ class EncoderController:
             every forward.
 
     Raises:
-        ValueError: the encoder does not have the modules that the row names, or too few layers for the settings.
+        ValueError: the encoder does not have the modules that the row names, or its layers cannot learn sizes.
     """
 
     def __init__(self, owner: nn.Module, spec: FamilySpec, config: Any):
         self.owner, self.spec, self.config = owner, spec, config
         self.layers = list(self._find(spec.layers))
         self.patches, self.taps = self._find(*spec.patches), self._find(spec.taps)
+        spec.bias.check(self.layers)
         self.parameters = positional_parameters(self.layers[0])
         # Before transformers 5.23 some layers take nothing beside the hidden states; their attention finds the sizes.
         self.announces = spec.bias.extra_arguments and not takes_extra_arguments(self.layers[0])

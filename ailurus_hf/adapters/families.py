@@ -1,6 +1,6 @@
 """Which vision encoders of transformers can be adapted: one row each.
 
-To add a family, add a row to `FAMILIES` and its few lines to `tests/adapters/test_families.py`, whose shared tests then
+To add a family, add a row to `FAMILIES` and a `Case` to `tests/adapters/test_more_encoders.py`; the shared tests then
 check everything the row promises. A row answers, in this order:
 
 1. *Which module is the encoder?* `owners`: names of the classes that hold both the patch embedding and the layers.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 from transformers import (
     AttentionInterface,
@@ -28,7 +29,8 @@ from ailurus_hf.adapters.controller import controllers_of
 from ailurus_hf.adapters.families import FAMILIES
 from ailurus_hf.budget import set_keep_ratio
 from ailurus_hf.modeling.token_clustering import cluster_tokens
-from tests.adapters.tester import Case, assert_close, assert_equal, differ, outputs
+from tests.adapters import test_maps, test_more_encoders, test_vit_like  # noqa: F401  every family's cases
+from tests.adapters.tester import Case, FamilyTests, assert_close, assert_equal, differ, outputs
 from tests.factories import random_images
 
 TINY = {
@@ -213,6 +215,15 @@ def test_refusals_change_nothing(vit, settings, message):
     assert vit.config._attn_implementation == "sdpa"
 
 
+def test_an_attention_that_cannot_learn_sizes():
+    siglip = SiglipVisionModel(SiglipVisionConfig(**{**TINY, "image_size": 64}))
+    siglip.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"additive mask.*'sdpa' or 'eager', got 'flash_attention_2'"):
+        apply_ailurus(siglip)
+    assert not controllers_of(siglip)
+    assert not hasattr(siglip.config, "ailurus")
+
+
 def test_models_that_cannot_be_adapted():
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     with pytest.raises(ValueError, match="BertModel has no vision encoder"):
@@ -258,9 +269,13 @@ def test_a_wrong_number_of_tokens_is_noticed(vit):
 
 
 def test_supported_families():
+    """In alphabetical order; each that this version of transformers has runs the shared tests."""
     families = supported_families()
-    assert families == tuple(sorted(families))
-    assert {"vit", "dinov2", "dinov3_vit", "dpt"} <= set(families)
+    assert families == tuple(sorted(spec.family for spec in FAMILIES))
+    cases = [case for tests in FamilyTests.__subclasses__() for case in tests.cases]
+    tested = {controller.spec.family for case in cases for controller in controllers_of(case.adapted())}
+    missing = {spec.family for spec in FAMILIES if any(hasattr(transformers, name) for name in spec.owners)} - tested
+    assert not missing
 
 
 def test_probe_finds_the_row_of_an_unknown_encoder(vit, capsys, monkeypatch):
