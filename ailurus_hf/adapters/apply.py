@@ -108,7 +108,9 @@ def remove_ailurus(model: nn.Module) -> nn.Module:
         controller.remove()
         vars(controller.config).pop("ailurus", None)
     for module in model.modules():
-        vars(getattr(module, "config", module)).pop("ailurus", None)
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            vars(config).pop("ailurus", None)
     return model
 
 

@@ -5,6 +5,8 @@ import torch
 import transformers
 from torch.nn import functional as F
 from transformers import (
+    Aimv2VisionConfig,
+    Aimv2VisionModel,
     AttentionInterface,
     BertConfig,
     BertModel,
@@ -181,6 +183,14 @@ def test_a_ratio_replaces_a_count(vit):
     assert differ(outputs(vit, inputs), counted)
 
 
+def test_removing_leaves_what_is_not_of_transformers_alone(vit):
+    vit.extra = torch.nn.Linear(2, 2)
+    vit.extra.config, vit.extra.ailurus = {"a": 1}, "mine"
+    remove_ailurus(apply_ailurus(vit))
+    assert (vit.extra.config, vit.extra.ailurus) == ({"a": 1}, "mine")
+    assert not hasattr(vit.config, "ailurus")
+
+
 def test_settings_are_checked_at_the_next_forward(vit):
     apply_ailurus(vit)
     for name, value in {"keep_ratio": 0, "num_clusters": 0, "unfold": "other", "cluster_layer": 4}.items():
@@ -293,6 +303,18 @@ def test_probe_finds_the_row_of_an_unknown_encoder(vit, capsys, monkeypatch):
         apply_ailurus(vit, keep_ratio=0.25, cluster_layer=1, family=found)
     adapted = outputs(vit, {"pixel_values": IMAGES})
     assert_equal(adapted, outputs(VIT.adapted(), {"pixel_values": IMAGES}))
+
+
+def test_probe_finds_rows_that_the_table_lacks():
+    model = Aimv2VisionModel(Aimv2VisionConfig(**{**TINY, "image_size": 64})).eval()
+    inputs = {"pixel_values": random_images(2, 64, 64)}
+    plain = outputs(model, inputs)
+    with pytest.raises(ValueError, match="no encoder of a known family"):
+        apply_ailurus(model)
+    apply_ailurus(model, 1, 0.25, family=probe(model, **inputs))
+    merged = outputs(model, inputs)
+    assert {name: value.shape for name, value in merged.items()} == {n: value.shape for n, value in plain.items()}
+    assert differ(merged, plain)
 
 
 @pytest.mark.parametrize("family", ["siglip", "dinov3_vit"])
