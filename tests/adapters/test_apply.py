@@ -97,6 +97,16 @@ def test_hidden_states_of_dense_layers_are_the_plain_models(vit):
     assert torch.equal(first[".hidden_states.0"], plain[".hidden_states.0"])
 
 
+def test_hooks_from_before_see_the_full_grid(vit):
+    seen = {}
+    vit.register_forward_hook(lambda module, args, output: seen.update(states=output.hidden_states))
+    vit.layers[3].register_forward_hook(lambda module, args, output: seen.update(last=output))
+    apply_ailurus(vit, cluster_layer=1)
+    states = vit(IMAGES, output_hidden_states=True).hidden_states
+    assert all(torch.equal(one, other) for one, other in zip(seen["states"], states, strict=True))
+    assert [state.shape[1] for state in [*seen["states"], seen["last"]]] == [49] * 6
+
+
 def test_selected_hidden_states_and_tuples(vit):
     apply_ailurus(vit, cluster_layer=1)
     every = vit(IMAGES, output_hidden_states=True).hidden_states
