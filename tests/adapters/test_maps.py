@@ -103,6 +103,9 @@ class TestMaps(FamilyTests):
         ),
     ]  # fmt: skip
 
+    def test_only_patches_are_merged(self, case):
+        """There are no other tokens."""
+
     def test_layers_run_on_merged_tokens(self, case):
         model, shapes = case.adapted(), {}
         layers = controllers_of(model)[0].layers

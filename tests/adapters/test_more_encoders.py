@@ -130,12 +130,14 @@ class TestHeads(FamilyTests):
             YolosForObjectDetection,
             YolosConfig,
             {**TINY, "image_size": [48, 64], "num_detection_tokens": 5},
+            num_suffix=5,
         ),
         Case(
             "yolos-plain",
             YolosForObjectDetection,
             YolosConfig,
             {**TINY, "image_size": [48, 64], "num_detection_tokens": 5, "use_mid_position_embeddings": False},
+            num_suffix=5,
         ),
         Case("vitpose", VitPoseForPoseEstimation, vitpose, {"num_labels": 5}),
         *optional(

@@ -55,6 +55,7 @@ class Case:
         settings: of the configuration.
         inputs: batch size -> inputs of the model.
         cluster_layer: where the tests merge.
+        num_suffix: number of tokens behind the patches.
         compiled: whether it is compiled and exported in every run of the tests; the others are by `make test-slow`.
     """
 
@@ -64,6 +65,7 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     inputs: Callable[[int], dict[str, Any]] = images
     cluster_layer: int = 1
+    num_suffix: int = 0
     compiled: bool = False
 
     def model(self) -> Any:
@@ -203,6 +205,18 @@ class FamilyTests:
         outputs(model, case.inputs(1))
         assert lengths[case.cluster_layer] < lengths[0] / 2
         assert lengths[max(lengths)] == lengths[case.cluster_layer]
+
+    def test_only_patches_are_merged(self, case):
+        model, seen = case.adapted(num_clusters=1), {}
+        layer = controllers_of(model)[0].layers[case.cluster_layer]
+        layer.register_forward_pre_hook(lambda _, args: seen.update(full=args[0]), prepend=True)
+        layer.register_forward_pre_hook(lambda _, args: seen.update(merged=args[0]))
+        outputs(model, case.inputs(2))
+        full, merged = seen["full"], seen["merged"]
+        num_prefix = merged.shape[1] - 1 - case.num_suffix
+        prefix, patches, suffix = full.tensor_split([num_prefix, full.shape[1] - case.num_suffix], dim=1)
+        expected = torch.cat([prefix, patches.mean(1, keepdim=True), suffix], dim=1)
+        assert_close({"": merged}, {"": expected})
 
     def test_removing_restores_the_model(self, case):
         model, inputs = case.model(), case.inputs(2)
