@@ -18,9 +18,9 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 
 from ailurus_hf import apply_ailurus, remove_ailurus
-from ailurus_hf.adapters import sequence
+from ailurus_hf.adapters import map_layers, sequence
 from ailurus_hf.adapters.controller import controllers_of
-from ailurus_hf.modeling.token_merging import TokenGroups, group_tokens
+from ailurus_hf.modeling.token_merging import TokenGroups, group_tokens, unfold_tokens
 from tests.factories import random_images
 
 HOOK_TABLES = [
@@ -188,12 +188,29 @@ class FamilyTests:
         assert differ(merged, plain)
         assert all(value.isfinite().all() for value in merged.values())
 
-    def test_sizes_weigh_the_attention(self, case, monkeypatch):
+    def test_a_merged_token_counts_as_its_members(self, case, monkeypatch):
+        """The same as when every member stays, with the mean of its group and the place of its representative."""
         model, inputs = case.adapted(), case.inputs(2)
-        weighted = outputs(model, inputs)
-        log_sizes = sequence.MergedSequence.log_sizes
-        monkeypatch.setattr(sequence.MergedSequence, "log_sizes", lambda merged: torch.zeros_like(log_sizes(merged)))
-        assert differ(outputs(model, inputs), weighted)
+        merged = outputs(model, inputs)
+        choose, merge, chosen = sequence.choose_groups, sequence.merge_tokens, []
+
+        def every_member(tokens: Tensor, grid: Any, settings: Any) -> TokenGroups:
+            groups = choose(tokens, grid, settings)
+            chosen.append(groups)
+            places = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
+            return group_tokens(places, tokens.shape[1], groups.representatives.gather(1, groups.assignment))
+
+        def means(tokens: Tensor, members: TokenGroups) -> Tensor:
+            groups, num_groups = chosen[-1], chosen[-1].sizes.shape[1]
+            in_sequence = group_tokens(groups.assignment.gather(1, members.assignment), num_groups)
+            return unfold_tokens(merge(tokens, in_sequence), groups)
+
+        monkeypatch.setattr(sequence, "choose_groups", every_member)
+        for module in (sequence, map_layers):
+            monkeypatch.setattr(module, "merge_tokens", means)
+        members = outputs(model, inputs)
+        assert chosen
+        assert_close(members, merged)
 
     def test_layers_run_on_merged_tokens(self, case):
         model, lengths = case.adapted(), {}
