@@ -62,8 +62,9 @@ def apply_ailurus(
         The model that was given.
 
     Raises:
-        TypeError: the model has no transformers configuration.
-        ValueError: it holds no vision encoder, or none of a family in the table; or a setting is out of range.
+        TypeError: the model has no transformers configuration, or `family` is of another type.
+        ValueError: it holds no vision encoder, or none of a family in the table; or a setting is out of range; or its
+            encoders keep different settings.
     """
     config = _config_of(model)
     given = {
@@ -76,7 +77,6 @@ def apply_ailurus(
         "unfold": unfold,
         "tail_layers": tail_layers,
     }
-    settings = asdict(check_settings(_with_stored(config, given)))
     known = controllers_of(model)
     adapted = {id(controller.owner) for controller in known}
     fresh = [
@@ -86,8 +86,10 @@ def apply_ailurus(
     ]
     if not known and not fresh:
         raise ValueError(_nothing_found(model, family))
+    settings = asdict(check_settings(_with_stored(_stored(config, [*known, *fresh]), given)))
     for controller in [*known, *fresh]:
         controller.segments(check_settings(settings))  # raises before anything is changed
+    _forget_settings(model)
     config.ailurus = settings
     for controller in known:
         controller.config = config
@@ -106,11 +108,7 @@ def remove_ailurus(model: nn.Module) -> nn.Module:
     """
     for controller in controllers_of(model):
         controller.remove()
-        vars(controller.config).pop("ailurus", None)
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig):
-            vars(config).pop("ailurus", None)
+    _forget_settings(model)
     return model
 
 
@@ -129,17 +127,44 @@ def _config_of(model: nn.Module) -> Any:
     return config
 
 
-def _with_stored(config: Any, given: dict[str, Any]) -> dict[str, Any]:
+def _stored(config: Any, controllers: list[EncoderController]) -> dict[str, Any]:
+    """The settings that the model keeps; or its encoders, where each was adapted by itself.
+
+    Raises:
+        ValueError: the encoders keep different ones.
+    """
+    if hasattr(config, "ailurus"):
+        return dict(config.ailurus)
+    configs: list[Any] = [controller.config for controller in controllers]
+    configs += [getattr(controller.owner, "config", None) for controller in controllers]
+    found = [kept.ailurus for kept in configs if hasattr(kept, "ailurus")]
+    if any(settings != found[0] for settings in found):
+        raise ValueError(
+            "the encoders of this model keep different settings, and they would get the same: call apply_ailurus on "
+            "each encoder instead, or remove_ailurus(model) first"
+        )
+    return dict(found[0]) if found else {}
+
+
+def _with_stored(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The settings that were given, and the stored ones in place of those that were not."""
     given = {name: value for name, value in given.items() if value is not _KEPT}
-    stored = dict(getattr(config, "ailurus", {}))
     if "keep_ratio" in given:
         stored.pop("num_clusters", None)
     return stored | given
 
 
+def _forget_settings(model: nn.Module) -> None:
+    """Remove the settings from the configurations of the model and of the models inside it."""
+    for config in (getattr(module, "config", None) for module in model.modules()):
+        if isinstance(config, PreTrainedConfig):
+            vars(config).pop("ailurus", None)
+
+
 def _encoders(model: nn.Module, family: str | FamilySpec | None) -> list[tuple[nn.Module, FamilySpec]]:
     """All vision encoders in the model that one of the rows describes, each with its row."""
+    if family is not None and not isinstance(family, str | FamilySpec):
+        raise TypeError(f"family must be the name of a family or a FamilySpec, got {type(family).__name__}")
     rows = (family,) if isinstance(family, FamilySpec) else FAMILIES
     if isinstance(family, str):
         rows = tuple(row for row in FAMILIES if row.family == family)

@@ -24,7 +24,6 @@ from .sequence import MergedSequence
 _PREFIX = "ailurus_"
 # Attention module -> sizes for the attention function that it calls next.
 INNER_SIZES = CallStates("ailurus_inner_sizes")
-_EAGER_ATTENTION: dict[type[nn.Module], Callable[..., Any]] = {}  # attention class -> eager function of its file
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,9 @@ class KeyBias(MergedArguments):
 
     def install(self, layers: Iterable[nn.Module]) -> None:
         for config in _attention_configs(layers):
-            if not config._attn_implementation.startswith(_PREFIX):
-                _register_eager(layers)
-                config._attn_implementation_internal = _register(config._attn_implementation)
+            name = config._attn_implementation
+            if not name.startswith(_PREFIX) or name not in ALL_ATTENTION_FUNCTIONS:  # the latter in another process
+                config._attn_implementation_internal = _register(name.removeprefix(_PREFIX))
 
     def remove(self, layers: Iterable[nn.Module]) -> None:
         for config in _attention_configs(layers):
@@ -94,7 +93,9 @@ class RelativeKeyBias(KeyBias):
     """
 
     def compute(self, call: LayerCall, merged: MergedSequence) -> dict[str, Any]:
-        return {"ailurus_key_bias": merged.log_sizes(), "ailurus_kept": merged.kept_positions()}
+        sizes_and_places = {"ailurus_key_bias": merged.log_sizes(), "ailurus_kept": merged.kept_positions()}
+        # The bias is made for the image's grid; interpolating, layers would resize it to the tokens they have.
+        return {**sizes_and_places, "interpolate_pos_encoding": False}
 
 
 @dataclass(frozen=True)
@@ -187,15 +188,6 @@ def _with_config(layer: nn.Module) -> list[nn.Module]:
     return [module for module in layer.modules() if hasattr(module, "config")]
 
 
-def _register_eager(layers: Iterable[nn.Module]) -> None:
-    """Remember the eager function of each attention class; unlike the others it has no name in the interface."""
-    for layer in layers:
-        for module in layer.modules():
-            function = inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
-            if function is not None:
-                _EAGER_ATTENTION[type(module)] = function
-
-
 def _register(implementation: str) -> str:
     """Register the attention function that weighs keys and otherwise is `implementation`; return its name."""
     name = _PREFIX + implementation
@@ -226,7 +218,9 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function `implementation`, with keys weighed by (batch_size, num_tokens) logarithms of sizes, and
     the mask between pairs of tokens cut to those at `ailurus_kept` (batch_size, num_tokens)."""
-    attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _EAGER_ATTENTION.get(type(module)))
+    # Unlike the others, the eager function has no name in the interface: every model file has its own.
+    eager = inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     if ailurus_key_bias is None:
         ailurus_key_bias = INNER_SIZES.take(module)
     if ailurus_key_bias is None:

@@ -23,7 +23,9 @@ class CallStates:
 
     def get(self, key: Any) -> Any:
         """The value of this forward, or None."""
-        return self._all().get(key)
+        states = self._all()
+        # A compiled forward whose graph broke goes on without compiling.
+        return states[key] if key in states else self._traced.get(key)
 
     def take(self, key: Any) -> Any:
         """The value of this forward, or None; it is forgotten."""
@@ -42,6 +44,8 @@ class CallStates:
         """End a forward; what is not forgotten keeps the model alive."""
         if key in self._all():
             self._replace({other: value for other, value in self._all().items() if other is not key})
+        if key in self._traced:
+            self._traced = {other: value for other, value in self._traced.items() if other is not key}
 
     def _all(self) -> dict[Any, Any]:
         return self._traced if torch.compiler.is_compiling() else self._context.get() or {}

@@ -9,6 +9,7 @@ Hooks are bound methods of the controller, so a copied model has a copied contro
 model itself: the controller is found through its hooks.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from ..modeling.configuration_ailurus import AdaptiveResolutionMixin, AdaptiveResolutionSettings
-from .arguments import announce_sizes, take_back_sizes
+from .arguments import announce_sizes, forget_sizes, take_back_sizes
 from .call_state import CallStates
 from .checkpointing import keep_hooks_outside, put_hooks_back
 from .families import FamilySpec
@@ -27,7 +28,13 @@ from .layer_call import LayerCall, positional_parameters, takes_extra_arguments
 from .sequence import MergedSequence, merge_sequence, unfold_sequence
 
 _STATES = CallStates("ailurus_adapters")
-_HOOK_TABLES = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+_HOOK_TABLES = (
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 @dataclass
@@ -92,8 +99,16 @@ class EncoderController:
         # Before transformers 5.23 some layers take nothing beside the hidden states; their attention finds the sizes.
         self.announces = spec.bias.extra_arguments and not takes_extra_arguments(self.layers[0])
         self.choose: Any = None  # another way to choose the groups than clustering, see `merge_sequence`
-        self._given: dict[str, Any] | None = None
-        self._settings = AdaptiveResolutionSettings()
+        self._given: dict[str, Any] = {}
+        self._settings: AdaptiveResolutionMixin = AdaptiveResolutionSettings()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "EncoderController":
+        """A copy for a copy of the encoder. A copied part of the encoder, as PEFT makes them, keeps this one."""
+        if id(self.owner) not in memo:
+            return self
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def _find(self, *paths: str) -> Any:
         for path in paths:
@@ -113,7 +128,8 @@ class EncoderController:
         Raises:
             ValueError: one of them is out of range, of the wrong type or unknown.
         """
-        given = self.config.ailurus
+        # Removing the hooks of another model that shares the configuration takes the entry away.
+        given = getattr(self.config, "ailurus", self._given)
         if torch.compiler.is_compiling():
             return AdaptiveResolutionMixin(**given)  # the same without checks, which cannot be traced
         if given != self._given:
@@ -130,6 +146,12 @@ class EncoderController:
 
     def install(self) -> None:
         """Register the hooks."""
+        self._settings, self._given = check_settings(self.config.ailurus), dict(self.config.ailurus)
+        self.register_hooks()
+        self.owner.register_forward_hook(self.drop_states, always_call=True)
+
+    def register_hooks(self) -> None:
+        """The part of `install` that other kinds of layers do otherwise."""
         self._prepare_layers()
         self.patches.register_forward_pre_hook(self.check_pixels)
         self.patches.register_forward_hook(self.open_call)
@@ -141,6 +163,8 @@ class EncoderController:
             layer.register_forward_pre_hook(partial(self.before_layer, index), with_kwargs=True)
             # In front of the hooks that record hidden states, whenever those are installed.
             layer.register_forward_hook(partial(self.after_layer, index), prepend=True)
+        if self.spec.fixed:
+            self.taps.register_forward_pre_hook(self.fix_arguments, with_kwargs=True)
         self.taps.register_forward_hook(self.close_call, prepend=True)
 
     def remove(self) -> None:
@@ -172,8 +196,17 @@ class EncoderController:
     def open_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook after the patch embedding: a forward begins."""
         self._prepare_layers()
-        grid = self.spec.grid(output, getattr(self.owner, "config", None))
-        _STATES.set(self, CallState(self.settings, grid, self.segments(self.settings)))
+        settings, grid = self.settings, self.spec.grid(output, getattr(self.owner, "config", None))
+        # Nothing to merge, nothing to refuse: masked images, which have no grid, run as they do in the plain model.
+        keeps_all = settings.keep_ratio == 1 and settings.num_clusters is None
+        _STATES.set(self, CallState(settings, grid, () if keeps_all else self.segments(settings)))
+
+    def fix_arguments(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Hook before the module at `taps`: see `FamilySpec.fixed`."""
+        call = LayerCall(positional_parameters(module), args, kwargs).replace(self.spec.fixed)
+        return call.args, dict(call.kwargs)
 
     def note_order(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook after a module that shuffled the tokens."""
@@ -197,7 +230,7 @@ class EncoderController:
         for segment in state.segments:
             if index == segment.start:
                 call = self._merge(state, segment, call)
-            elif index in segment and state.tables is not None:
+            elif segment.start < index < segment.stop and state.tables is not None:
                 call = call._replace(args=(_add_table(state, index - 1, call.args[0]), *call.args[1:]))
         if state.current is not None:
             arguments = state.current.arguments
@@ -207,6 +240,8 @@ class EncoderController:
                 arguments = dict(arguments)
                 announce_sizes(layer, arguments.pop("ailurus_key_bias"))
             call = call.replace(arguments)
+        elif self.announces:
+            forget_sizes(layer)  # those that an exception left
         return call.args, dict(call.kwargs)
 
     def _merge(self, state: CallState, segment: range, call: LayerCall) -> LayerCall:
@@ -257,6 +292,10 @@ class EncoderController:
             if isinstance(part, tuple):
                 output[name] = self._unfold_recorded(part, stretches)
         return None
+
+    def drop_states(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook after the encoder, also after an exception in it: what the forward left would keep the model alive."""
+        _STATES.clear(self)
 
     def _unfold_recorded(self, recorded: Any, stretches: list[Stretch]) -> Any:
         """Unfold a tuple of hidden states, one for the first layer's input and one per layer; leave all else alone."""

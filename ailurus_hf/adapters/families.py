@@ -22,7 +22,7 @@ check everything the row promises. A row answers, in this order:
 9. *Do layers take maps and nothing else?* `map_layer`: names of the modules in a layer, each merged inside.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +126,7 @@ class FamilySpec:
             width).
         order: path to a module whose output holds the tokens' order, and its place in that output: (batch_size, N)
             int64, for each patch of the grid the place of its token in the sequence. None: the grid's own order.
+        fixed: arguments of the module at `taps` that have one value while the encoder is adapted.
         tables: path to a module, if the encoder has it, whose output (number of layers - 1, 1, T, hidden_size) is added
             to the sequence after every layer but the last; "" for none.
         maps: whether hidden states are (batch_size, height, width, hidden_size); merged ones are (batch_size, 1, M,
@@ -145,6 +146,7 @@ class FamilySpec:
     segments: Callable[[AdaptiveResolutionMixin, int, Any], Sequence[range]] = one_segment
     grid: Callable[[Any, Any], tuple[int, ...]] = grid_of_convolution
     order: tuple[str, int] | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     tables: str = ""
     maps: bool = False
     map_layer: MapLayer | None = None
@@ -241,6 +243,8 @@ FAMILIES: tuple[FamilySpec, ...] = (
         _VIT_PATCHES,
         taps="encoder",
         bias=InnerRelativeBias(),
+        # Layers would resize the bias, which is made for the image's grid, to the number of tokens they have.
+        fixed={"interpolate_pos_encoding": False},
     ),
     # Videos: neighbours on the (time, height, width) grid.
     FamilySpec(

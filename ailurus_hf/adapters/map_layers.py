@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..modeling.configuration_ailurus import AdaptiveResolutionMixin
 from ..modeling.token_merging import merge_tokens
 from . import sequence
 from .call_state import CallStates
@@ -47,8 +48,9 @@ class _LayerState:
 class MapController(EncoderController):
     """Hooks of one encoder whose row says `map_layer`; see the description of this file."""
 
-    def install(self) -> None:
+    def register_hooks(self) -> None:
         self.patches.register_forward_pre_hook(self.check_pixels)
+        self.patches.register_forward_hook(self.open_call)
         self.taps.register_forward_hook(self.refuse_attentions, prepend=True)
         for index, layer in enumerate(self.layers):
             part = partial(self._part, layer)
@@ -71,11 +73,24 @@ class MapController(EncoderController):
         state: _LayerState | None = _STATES.get(self.layers[index])
         return state
 
+    def open_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook after the patch embedding: read the settings of this forward. They also hold for layers that gradient
+        checkpointing runs again in backward, though others may be set by then."""
+        if not torch.compiler.is_compiling():
+            self._settings = self.settings
+
+    def drop_states(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for layer in self.layers:
+            _STATES.clear(layer)
+
+    def _current(self) -> AdaptiveResolutionMixin:
+        return self.settings if torch.compiler.is_compiling() else self._settings
+
     def merge(self, index: int, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Hook before the first norm: the layer begins; cluster the map and go on with the means."""
         _STATES.clear(self.layers[index])
-        settings = self.settings
-        if not any(index in segment for segment in self.segments(settings)):
+        settings = self._current()
+        if not any(segment.start <= index < segment.stop for segment in self.segments(settings)):
             return None
         tokens, grid = args[0].flatten(1, 2), (args[0].shape[1], args[0].shape[2])
         groups = (self.choose or sequence.choose_groups)(tokens, grid, settings)
@@ -114,7 +129,7 @@ class MapController(EncoderController):
             return None
         tokens = args[0].flatten(1, 2)
         merged = merge_tokens(tokens, state.merged.groups)
-        if self.settings.unfold == "copy":
+        if self._current().unfold == "copy":
             state.copied = unfold_sequence(merged, state.merged) - tokens
         return (merged[:, None],)
 

@@ -62,7 +62,7 @@ def probe(model: PreTrainedModel, pixel_values: Tensor, **inputs: Any) -> Family
     inputs = {"pixel_values": pixel_values, **inputs}
     if "output_hidden_states" in inspect.signature(model.forward).parameters or _takes_kwargs(model):
         inputs["output_hidden_states"] = True
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         plain, tried = _tensors(model(**inputs)), 0
@@ -72,7 +72,8 @@ def probe(model: PreTrainedModel, pixel_values: Tensor, **inputs: Any) -> Family
                 print(_as_code(spec))
                 return spec
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
     raise ValueError(
         f"no row fits {type(model).__name__}: {tried} were tried. Its tokens change in number between the layers, its "
         "attention takes neither sizes nor a mask, or it runs in windows; ailurus_hf/adapters/families.py says more"
@@ -110,10 +111,10 @@ def _fits(
     model: nn.Module, owner: nn.Module, spec: FamilySpec, inputs: dict[str, Any], plain: dict[str, Tensor]
 ) -> bool:
     try:
-        permuted = _run(model, owner, spec, inputs, 1.0, _permutation)
-        merged = _run(model, owner, spec, inputs, 0.25)
+        permuted = _run(model, owner, spec, inputs, _permutation)
+        merged = _run(model, owner, spec, inputs)
         withheld = FamilySpec(**{**vars(spec), "bias": _Withheld(spec.bias)})
-        unweighted = _run(model, owner, withheld, inputs, 0.25)
+        unweighted = _run(model, owner, withheld, inputs)
     except Exception:  # whatever a wrong row brings about in somebody else's model
         return False
     shapes = {name: value.shape for name, value in plain.items()}
@@ -124,9 +125,9 @@ def _fits(
 
 
 def _run(
-    model: nn.Module, owner: nn.Module, spec: FamilySpec, inputs: dict[str, Any], keep_ratio: float, choose: Any = None
+    model: nn.Module, owner: nn.Module, spec: FamilySpec, inputs: dict[str, Any], choose: Any = None
 ) -> dict[str, Tensor]:
-    controller = EncoderController(owner, spec, SimpleNamespace(ailurus={"keep_ratio": keep_ratio, "cluster_layer": 1}))
+    controller = EncoderController(owner, spec, SimpleNamespace(ailurus={"keep_ratio": 0.25, "cluster_layer": 1}))
     controller.choose = choose
     controller.install()
     try:

@@ -29,7 +29,6 @@ from ailurus_hf import apply_ailurus, remove_ailurus, supported_families
 from ailurus_hf.adapters import FamilySpec, probe
 from ailurus_hf.adapters.controller import controllers_of
 from ailurus_hf.adapters.families import FAMILIES
-from ailurus_hf.budget import set_keep_ratio
 from ailurus_hf.modeling.token_clustering import cluster_tokens
 from tests.adapters import test_maps, test_more_encoders, test_vit_like  # noqa: F401  every family's cases
 from tests.adapters.tester import Case, FamilyTests, assert_close, assert_equal, differ, outputs
@@ -169,70 +168,12 @@ def test_shuffled_tokens_are_clustered_on_their_grid():
     assert_close({"": shuffled.last_hidden_state[:, 1:].gather(1, index)}, {"": expected})
 
 
-def test_settings_are_kept_until_given(vit):
-    apply_ailurus(vit, 1, 0.25, neighborhood_size=8, unfold="copy")
-    apply_ailurus(vit, keep_ratio=0.5)
-    assert vit.config.ailurus == {
-        "cluster_layer": 1,
-        "keep_ratio": 0.5,
-        "num_clusters": None,
-        "num_neighbors": 1,
-        "neighborhood_size": 8,
-        "spatial_alpha": 0.9,
-        "unfold": "copy",
-        "tail_layers": 0,
-    }
-
-
-def test_a_ratio_replaces_a_count(vit):
-    inputs = {"pixel_values": IMAGES}
-    counted = outputs(apply_ailurus(vit, num_clusters=12), inputs)
-    assert differ(outputs(apply_ailurus(vit, keep_ratio=0.5), inputs), counted)
-    assert not differ(outputs(apply_ailurus(vit, keep_ratio=0.25), inputs), counted)
-    set_keep_ratio(vit, 0.5)
-    assert differ(outputs(vit, inputs), counted)
-
-
 def test_removing_leaves_what_is_not_of_transformers_alone(vit):
     vit.extra = torch.nn.Linear(2, 2)
     vit.extra.config, vit.extra.ailurus = {"a": 1}, "mine"
     remove_ailurus(apply_ailurus(vit))
     assert (vit.extra.config, vit.extra.ailurus) == ({"a": 1}, "mine")
     assert not hasattr(vit.config, "ailurus")
-
-
-def test_settings_are_checked_at_the_next_forward(vit):
-    apply_ailurus(vit)
-    for name, value in {"keep_ratio": 0, "num_clusters": 0, "unfold": "other", "cluster_layer": 4}.items():
-        before = dict(vit.config.ailurus)
-        vit.config.ailurus[name] = value
-        with pytest.raises(ValueError, match=name):
-            vit(IMAGES)
-        vit.config.ailurus = before
-    vit.config.ailurus["keep_ratoi"] = 0.5
-    with pytest.raises(ValueError, match="keep_ratoi"):
-        vit(IMAGES)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"keep_ratio": 0}, "keep_ratio.*above 0"),
-        ({"num_clusters": 0}, "num_clusters.*at least 1"),
-        ({"cluster_layer": 4}, "cluster_layer must leave a layer"),
-        ({"cluster_layer": "2"}, "cluster_layer.*expected int"),
-        ({"family": "vti"}, "family must be one of.*vit_msn.*FamilySpec"),
-        ({"family": "deit"}, "no encoder of family 'deit'"),
-        ({"family": FamilySpec("mine", ("ViTModel",), "blocks", ("embeddings",))}, "no module 'blocks'"),
-        ({"family": FamilySpec("mine", ("Other",), "layers", ("embeddings",))}, "no module of class Other"),
-    ],
-)
-def test_refusals_change_nothing(vit, settings, message):
-    with pytest.raises(ValueError, match=message):
-        apply_ailurus(vit, **settings)
-    assert not controllers_of(vit)
-    assert not hasattr(vit.config, "ailurus")
-    assert vit.config._attn_implementation == "sdpa"
 
 
 def test_an_attention_that_cannot_learn_sizes():

@@ -1,5 +1,6 @@
 """Towers of two-tower models, detectors, pose, and encoders with relative bias, queries or windows."""
 
+import inspect
 from functools import partial
 
 import pytest
@@ -41,6 +42,7 @@ from transformers import (
     VitPoseConfig,
     VitPoseForPoseEstimation,
     VJEPA2Config,
+    VJEPA2ForVideoClassification,
     VJEPA2Model,
     YolosConfig,
     YolosForObjectDetection,
@@ -50,6 +52,8 @@ from transformers import (
 
 from ailurus_hf import apply_ailurus, remove_ailurus
 from ailurus_hf.adapters.controller import controllers_of
+from ailurus_hf.adapters.inner import PackedPositions
+from ailurus_hf.adapters.layer_call import LayerCall
 from tests.adapters.test_vit_like import BACKBONE, SQUARE, TINY, with_backbone
 from tests.adapters.tester import (
     Case,
@@ -170,9 +174,15 @@ class TestHeads(FamilyTests):
     ]
 
 
-@pytest.mark.skipif(not hasattr(transformers, "RadioModel"), reason="this version of transformers has no RADIO")
+RADIO = getattr(transformers, "RadioModel", None)
+
+
+@pytest.mark.skipif(
+    RADIO is None or "image_grid_hw" not in inspect.signature(RADIO.forward).parameters,
+    reason="this version of transformers has no RADIO, or none that takes packed images",
+)
 def test_packed_images_are_refused():
-    model = apply_ailurus(transformers.RadioModel(transformers.RadioConfig(**WITHOUT_MLP, max_img_size=64)).eval())
+    model = apply_ailurus(RADIO(transformers.RadioConfig(**WITHOUT_MLP, max_img_size=64)).eval())
     patches, grids = torch.randn(48 + 12, 3 * 8 * 8), torch.tensor([[6, 8], [3, 4]])
     with pytest.raises(ValueError, match="packed in one sequence have no common grid"):
         model(patches, image_grid_hw=grids)
@@ -370,6 +380,25 @@ class TestVideos(FamilyTests):
             jepa_videos,
         ),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("keep_ratio", [1, 0.25])
+def test_a_head_may_share_the_configuration_of_its_encoder(keep_ratio):
+    """The pooler of V-JEPA 2's classifier calls the same attention function, without a size to weigh."""
+    settings = {**TestVideos.cases[1].settings, "num_pooler_layers": 1, "num_labels": 3}
+    case = Case(
+        "classifier", VJEPA2ForVideoClassification, partial(VJEPA2Config, attn_implementation="eager"), settings
+    )
+    plain = outputs(case.model(), jepa_videos(2))
+    found = outputs(case.adapted(keep_ratio), jepa_videos(2))
+    assert {name: value.shape for name, value in found.items()} == {name: value.shape for name, value in plain.items()}
+    assert differ(found, plain) == (keep_ratio != 1)
+
+
+def test_a_subset_of_the_patches_is_refused():
+    call = LayerCall(("hidden_states", "position_mask"), (torch.zeros(1, 4, 2), torch.arange(4)[None]), {})
+    with pytest.raises(ValueError, match="position_mask must be None where tokens are merged"):
+        PackedPositions(attention="attention").compute(call, merged=None)
 
 
 @pytest.mark.parametrize("shuffled", [True, False], ids=["another order", "a quarter"])

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -18,11 +19,13 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 
 from ailurus_hf import apply_ailurus, remove_ailurus
+from ailurus_hf.adapters import controller as controller_module
 from ailurus_hf.adapters import map_layers, sequence
 from ailurus_hf.adapters.controller import controllers_of
 from ailurus_hf.modeling.token_merging import TokenGroups, group_tokens, unfold_tokens
 from tests.factories import random_images
 
+STATES = (controller_module._STATES, map_layers._STATES)
 HOOK_TABLES = [
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -318,14 +321,23 @@ class FamilyTests:
         merged = outputs(model, inputs)
         layer = controllers_of(model)[0].layers[-1]
 
-        def fail(*_):
-            raise KeyboardInterrupt
+        leaf = next(module for module in layer.modules() if not [*module.children()])
 
-        handle = layer.register_forward_hook(fail)
-        with pytest.raises(KeyboardInterrupt):
-            outputs(model, inputs)
-        handle.remove()
-        assert_equal(outputs(model, inputs), merged)
+        def fail(error: type[BaseException], *_: Any) -> None:
+            raise error
+
+        for module, error in ((layer, KeyboardInterrupt), (leaf, ZeroDivisionError)):
+            handle = module.register_forward_hook(partial(fail, error))
+            with pytest.raises(error):
+                outputs(model, inputs)
+            handle.remove()
+            if error is ZeroDivisionError:  # after an interruption the next forward does it
+                keys = [*controllers_of(model), *model.modules()]
+                assert not any(key in states._all() for key in keys for states in STATES)
+            model.config.ailurus["keep_ratio"] = 1
+            assert_equal(outputs(model, inputs), outputs(case.model(), inputs))
+            model.config.ailurus["keep_ratio"] = 0.25
+            assert_equal(outputs(model, inputs), merged)
         assert_equal(outputs(remove_ailurus(model), inputs), outputs(case.model(), inputs))
 
     @pytest.mark.parametrize("accelerate_first", [True, False])
