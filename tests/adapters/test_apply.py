@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ailurus_hf import apply_ailurus, remove_ailurus, supported_families
+from ailurus_hf import AiluRusConfig, AiluRusModel, apply_ailurus, remove_ailurus, supported_families
 from ailurus_hf.adapters import FamilySpec, probe
 from ailurus_hf.adapters.controller import controllers_of
 from ailurus_hf.adapters.families import FAMILIES
@@ -286,3 +286,19 @@ def test_probe_says_when_nothing_fits(vit):
         probe(swin, random_images(1, 32, 32))
     with pytest.raises(ValueError, match="must not be adapted"):
         probe(apply_ailurus(vit), IMAGES)
+
+
+@pytest.mark.parametrize("keep_ratio", [1, 0.25])
+def test_an_adapted_vit_is_this_packages_own_model(keep_ratio):
+    """The same weights in `AiluRusModel`: two implementations around the same clustering."""
+    native = VIT.model()
+    settings = {"keep_ratio": keep_ratio, "cluster_layer": 1, "tail_layers": 1}
+    own = AiluRusModel(AiluRusConfig(**TINY, **settings, layer_norm_eps=native.config.layer_norm_eps)).eval()
+    result = own.load_state_dict(native.state_dict(), strict=False)
+    assert not result.missing_keys
+    assert all(name.startswith("pooler") for name in result.unexpected_keys)
+    actual = outputs(apply_ailurus(native, **settings), {"pixel_values": IMAGES})
+    expected = outputs(own, {"pixel_values": IMAGES})
+    assert_equal(
+        *({name: value for name, value in found.items() if "hidden_state" in name} for found in (actual, expected))
+    )
