@@ -18,9 +18,9 @@ from tests.factories import random_images
 INPUTS = {"pixel_values": IMAGES}
 
 
-@pytest.mark.parametrize("num_layers", [4, 12])  # 12: beyond the number of compilations that torch allows a function
-def test_a_compiled_graph_may_break(num_layers):
-    case = Case("vit", ViTModel, ViTConfig, {**TINY, "num_hidden_layers": num_layers})
+def test_a_compiled_graph_may_break():
+    """With more layers than torch compiles a function anew: the last ones run without compiling."""
+    case = Case("vit", ViTModel, ViTConfig, {**TINY, "num_hidden_layers": 12})
     model, seen = case.adapted(tail_layers=2), []
     expected = outputs(model, INPUTS)
     model.layers[1].register_forward_hook(lambda module, args, output: seen.append(output.detach().mean().item()))
@@ -31,10 +31,9 @@ def test_a_compiled_graph_may_break(num_layers):
     assert_equal(outputs(model, INPUTS), expected)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_a_saved_model_runs_in_another_process(implementation, tmp_path):
+def test_a_saved_model_runs_in_another_process(tmp_path):
     model = VIT.model()
-    model.set_attn_implementation(implementation)
+    model.set_attn_implementation("eager")
     apply_ailurus(model, cluster_layer=1, keep_ratio=0.25)
     torch.save((model, IMAGES, model(IMAGES).last_hidden_state.detach()), tmp_path / "model.pt")
     code = (
