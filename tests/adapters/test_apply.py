@@ -280,6 +280,21 @@ def test_probe_finds_masks_and_rotary_positions(family):
     assert (found.layers, found.taps, found.bias, found.positions) == (row.layers, row.taps, row.bias, row.positions)
 
 
+def test_probe_wants_the_same_outputs_from_tokens_in_another_order(vit):
+    """Layers that add positions by the place in the sequence: every shape is right, and the outputs are not."""
+    layer_class = type(vit.layers[0])
+
+    class WithPositions(layer_class):
+        def forward(self, hidden_states, *args, **kwargs):
+            places = torch.arange(hidden_states.shape[1])[:, None] / 10
+            return super().forward(hidden_states + places, *args, **kwargs)
+
+    for layer in vit.layers:
+        layer.__class__ = WithPositions
+    with pytest.raises(ValueError, match="no row fits ViTModel"):
+        probe(vit, IMAGES)
+
+
 def test_probe_says_when_nothing_fits(vit):
     swin = SwinModel(SwinConfig(embed_dim=8, depths=[3], num_heads=[2], image_size=32, patch_size=4, window_size=4))
     with pytest.raises(ValueError, match="no row fits SwinModel"):
