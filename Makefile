@@ -5,6 +5,8 @@ MAKEFLAGS += --no-print-directory
 
 VENV := .venv
 BIN := $(VENV)/bin
+# A test runs on one thread (tests/conftest.py), so up to four cores take some each.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 LOCK := requirements/lock.txt
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==//p' $(LOCK))
@@ -25,10 +27,10 @@ demo: $(STAMP)  ## segment drawn street scenes, dense and merged; the picture go
 	$(BIN)/ailurus-hf demo --out demo_output
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-slow: $(STAMP)  ## run the slow tests, which `make test` leaves out
-	$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)
+	$(PYTEST) -m slow --timeout 3600 $(ARGS)
 
 quality: $(STAMP)  ## check style (ruff) and types (mypy)
 	$(BIN)/ruff check .
