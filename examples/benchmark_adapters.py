@@ -7,6 +7,7 @@ at a quarter of the tokens, "outside" that of everything outside the vision enco
 """
 
 import time
+from copy import deepcopy
 from statistics import median
 from typing import Annotated
 
@@ -39,7 +40,7 @@ from transformers import (
     YolosForObjectDetection,
 )  # fmt: skip
 
-from ailurus_hf import apply_ailurus, remove_ailurus
+from ailurus_hf import apply_ailurus
 from ailurus_hf.adapters import controller, map_layers, sequence
 from ailurus_hf.benchmark import speed_up, time_side_by_side
 
@@ -117,53 +118,59 @@ class Stopwatch:
 
 
 @torch.inference_mode()
-def measure(name, rounds, dtype):
-    """Seconds of every variant round by round, and the two shares."""
+def measure(name, rounds, dtype, compiled):
+    """Seconds of every variant round by round, and the two shares; no shares where the variants are compiled."""
     build, size = MODELS[name]
     torch.manual_seed(0)
-    model, pixels = build().eval().to(dtype), torch.randn(1, 3, *size, dtype=dtype)
-    seconds = {"plain": [], "0.5": [], "0.25": []}
+    plain, pixels = build().eval().to(dtype), torch.randn(1, 3, *size, dtype=dtype)
+    variants = {"plain": plain} | {ratio: apply_ailurus(deepcopy(plain), keep_ratio=ratio) for ratio in (0.5, 0.25)}
+    adapter = controller.controllers_of(variants[0.25])[0]
     merging, encoder = Stopwatch(), Stopwatch()
-    adapter = controller.controllers_of(apply_ailurus(model))[0]
-    owner = adapter.owner
     functions = [
         (place, function, getattr(place, function)) for place, function in MERGING[adapter.spec.map_layer is not None]
     ]
+    if compiled:
+        functions = []
+        for model in variants.values():
+            model.compile()
+    else:
+        owner = next(module for module in plain.modules() if type(module) is type(adapter.owner))
+        owner.register_forward_pre_hook(encoder.start)
+        owner.register_forward_hook(encoder.stop)
+    seconds = {variant: [] for variant in variants}
     for number in track(range(rounds + 1), name, console=Console(stderr=True)):
-        for variant in seconds:
-            remove_ailurus(model)
-            hooks = []
-            if variant == "plain":
-                hooks = [owner.register_forward_pre_hook(encoder.start), owner.register_forward_hook(encoder.stop)]
-            else:
-                apply_ailurus(model, keep_ratio=float(variant))
+        for variant, model in variants.items():
             for place, function, original in functions:
-                setattr(place, function, merging.around(original) if variant == "0.25" else original)
-            seconds[variant] += time_side_by_side({"": lambda: model(pixels)}, rounds=1, warmup=0)[""]
-            for hook in hooks:
-                hook.remove()
+                setattr(place, function, merging.around(original) if variant == 0.25 else original)
+            seconds[variant] += time_side_by_side({"": lambda model=model: model(pixels)}, rounds=1, warmup=0)[""]
         if number == 0:  # warm-up
-            seconds = {variant: [] for variant in seconds}
+            seconds = {variant: [] for variant in variants}
             merging.seconds = encoder.seconds = 0.0
+    for place, function, original in functions:
+        setattr(place, function, original)
     total = sum(seconds["plain"])
-    return seconds, merging.seconds / total, 1 - encoder.seconds / total
+    shares = [] if compiled else [merging.seconds / total, 1 - encoder.seconds / total]
+    return seconds, shares
 
 
 def main(
     models: Annotated[list[str] | None, typer.Argument(help="Which of them; all by default.")] = None,
-    rounds: int = 3,
-    dtype: str = "float32",
+    rounds: Annotated[int, typer.Option(help="How often each is run.")] = 3,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    compiled: Annotated[bool, typer.Option("--compiled", help="Compile plain and adapted models; no shares.")] = False,
 ) -> None:
-    table = Table(title=f"{dtype}, one image, {torch.get_num_threads()} threads", title_justify="left")
-    for heading in ("model", "size", "plain ms", "half (quartiles)", "quarter (quartiles)", "merging", "outside"):
+    title = f"{dtype}, one image, {torch.get_num_threads()} threads" + ", compiled" * compiled
+    table = Table(title=title, title_justify="left")
+    shares = () if compiled else ("merging", "outside")
+    for heading in ("model", "size", "plain ms", "half (quartiles)", "quarter (quartiles)", *shares):
         table.add_column(heading, justify="right")
     for name in models or MODELS:
-        seconds, merging, outside = measure(name, rounds, getattr(torch, dtype))
-        gains = [speed_up(seconds["plain"], seconds[variant]) for variant in ("0.5", "0.25")]
+        seconds, shares = measure(name, rounds, getattr(torch, dtype), compiled)
+        gains = [speed_up(seconds["plain"], seconds[ratio]) for ratio in (0.5, 0.25)]
         table.add_row(
             name, "{} x {}".format(*MODELS[name][1]), f"{1e3 * median(seconds['plain']):.0f}",
             *(f"{gain.median:.2f} ({gain.low:.2f} to {gain.high:.2f})" for gain in gains),
-            f"{merging:.1%}", f"{outside:.1%}",
+            *(f"{share:.1%}" for share in shares),
         )  # fmt: skip
     Console(width=120).print(table)
 
