@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .adapters import remove_ailurus as remove_ailurus
     from .adapters import supported_families as supported_families
     from .conversion import convert_checkpoint as convert_checkpoint
-    from .hub import save_with_code as save_with_code
+    from .hub.remote_code import save_with_code as save_with_code
     from .modeling.configuration_ailurus import AiluRusConfig as AiluRusConfig
     from .modeling.configuration_ailurus_segformer import AiluRusSegformerConfig as AiluRusSegformerConfig
     from .modeling.image_processing_ailurus import AiluRusImageProcessor as AiluRusImageProcessor

@@ -22,7 +22,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, H
 
 from ailurus_hf.budget import set_keep_ratio, temporary_keep_ratio
 from ailurus_hf.evaluation import ConfusionMatrix
-from ailurus_hf.model_card import CardResult, build_model_card
+from ailurus_hf.hub.model_card import CardResult, build_model_card
 from ailurus_hf.training import (
     KeepRatioSchedule,
     SegmentationAugmentation,

@@ -22,16 +22,14 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import ailurus_hf  # noqa: F401  registers the models
+from ailurus_hf.data import SegmentationAugmentation, SegmentationDataset, open_layout
 from ailurus_hf.training import (
     KeepRatioSchedule,
-    SegmentationAugmentation,
-    SegmentationDataset,
     SegmentationLoss,
     SegmentationTrainer,
     class_weights,
     count_labels,
     freeze_layers,
-    open_layout,
 )
 
 

@@ -1,6 +1,6 @@
 """Train and measure the small segmentation model of `ailurus-hf demo` on drawn street scenes.
 
-python examples/train_demo.py train       # about an hour on two CPU cores; writes ailurus_hf/demo_checkpoint
+python examples/train_demo.py train       # about an hour on two CPU cores; writes ailurus_hf/demo/checkpoint
 python examples/train_demo.py evaluate    # scores it on scenes it never saw, dense and merged
 """
 
@@ -16,9 +16,9 @@ import typer
 from transformers import BatchFeature, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from ailurus_hf import AiluRusConfig, AiluRusForSemanticSegmentation, AiluRusImageProcessor
-from ailurus_hf.scenes import CLASS_NAMES, PALETTE, Scene, draw_scene
+from ailurus_hf.demo.scenes import CLASS_NAMES, PALETTE, Scene, draw_scene
 
-CHECKPOINT = Path(__file__).parents[1] / "ailurus_hf" / "demo_checkpoint"
+CHECKPOINT = Path(__file__).parents[1] / "ailurus_hf" / "demo" / "checkpoint"
 CONFIG: dict[str, Any] = {
     "hidden_size": 192, "num_hidden_layers": 8, "num_attention_heads": 3, "intermediate_size": 512, "patch_size": 8,
     "image_size": (128, 256), "position_interpolation": "bilinear", "keep_ratio": 1.0,

@@ -220,7 +220,13 @@ def test_export_is_complete_and_leaves_the_model_as_it_was(tmp_path):
         module, name = reference.split(".")
         assert f"class {name}" in (folder / f"{module}.py").read_text()
     modeling = Path(ailurus_hf.__file__).parent / "modeling"
-    for name in ("configuration_ailurus", "layers_ailurus", "modeling_ailurus", "token_clustering", "token_merging"):
+    for name in (
+        "configuration_ailurus",
+        "layers_ailurus",
+        "modeling_ailurus",
+        "grouping_density_peaks",
+        "token_groups",
+    ):
         assert (folder / f"{name}.py").read_bytes() == (modeling / f"{name}.py").read_bytes()
     card = (folder / "README.md").read_text()
     for wanted in ("license: apache-2.0", "trust_remote_code=True", "keep_ratio", "2311.01197"):

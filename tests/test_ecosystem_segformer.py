@@ -89,8 +89,9 @@ def test_exported_code_runs_without_the_package(tmp_path):
         "image_processing_ailurus.py",
         "layers_ailurus.py",
         "modeling_ailurus_segformer.py",
-        "token_clustering.py",
-        "token_merging.py",
+        "grouping_density_peaks.py",
+        "size_weighted_attention.py",
+        "token_groups.py",
     }
     assert "tokens kept per stage: 1, 1, 0.5, 0.5" in (folder / "README.md").read_text()
     images = random_images(2, 64, 64)

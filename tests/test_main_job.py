@@ -3,10 +3,10 @@
 import pytest
 
 from ailurus_hf import AiluRusForSemanticSegmentation, AiluRusImageProcessor, convert_checkpoint
+from ailurus_hf.data import SegmentationFolder
+from ailurus_hf.data.label_maps import pair_files
+from ailurus_hf.data.labelled import LabelRule
 from ailurus_hf.evaluation import evaluate_segmentation
-from ailurus_hf.labelled import LabelRule
-from ailurus_hf.labels import pair_files
-from ailurus_hf.training import SegmentationFolder
 from tests.paths import shared
 
 UNLABELLED = 11

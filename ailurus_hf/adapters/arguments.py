@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..modeling.token_merging import size_weighted_attention
+from ..modeling.size_weighted_attention import size_weighted_attention
 from .call_state import CallStates
 from .layer_call import LayerCall
 from .sequence import MergedSequence

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..modeling.configuration_ailurus import AdaptiveResolutionMixin
-from ..modeling.token_merging import merge_tokens
+from ..modeling.token_groups import merge_tokens
 from . import sequence
 from .call_state import CallStates
 from .controller import EncoderController

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..modeling.token_merging import TokenGroups, group_tokens
+from ..modeling.token_groups import TokenGroups, group_tokens
 from .arguments import KeyBias, MaskBias, MergedArguments, RotaryPositions
 from .controller import EncoderController, controllers_of
 from .families import FamilySpec

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..modeling.configuration_ailurus import AdaptiveResolutionMixin
-from ..modeling.token_clustering import cluster_tokens, resolve_num_clusters
-from ..modeling.token_merging import TokenGroups, group_tokens, merge_tokens, unfold_tokens
+from ..modeling.grouping_density_peaks import cluster_tokens, resolve_num_clusters
+from ..modeling.token_groups import TokenGroups, group_tokens, merge_tokens, unfold_tokens
 
 
 class MergedSequence(NamedTuple):

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from ..modeling.configuration_ailurus_segformer import AiluRusSegformerConfig
-from ..modeling.token_clustering import resolve_num_clusters
+from ..modeling.grouping_density_peaks import resolve_num_clusters
 
 __all__ = ["count_flops"]
 

@@ -14,12 +14,12 @@ from .visualize import save_figure
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..demo.scenes import Scene
     from ..evaluation import Segmentation
-    from ..scenes import Scene
 
 __all__ = ["demo"]
 
-CHECKPOINT = Path(__file__).parents[1] / "demo_checkpoint"
+CHECKPOINT = Path(__file__).parents[1] / "demo" / "checkpoint"
 FIRST_SEED = 2_000_000  # the model was trained and measured on scenes of other seeds
 
 
@@ -39,8 +39,8 @@ def demo(
     """
     from PIL import Image
 
-    from .._files import check_output_directory
-    from ..scenes import draw_scene
+    from ..demo.scenes import draw_scene
+    from ..utils.files import check_output_directory
 
     check_output_directory(out, overwrite=True)
     model = load_on_device(str(CHECKPOINT), "auto", None)

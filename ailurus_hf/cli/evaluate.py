@@ -60,10 +60,10 @@ def evaluate(
     Every picture is predicted at all budgets in turn, from the picture to its label map, so that their times are
     measured under the same conditions. Speed-ups are over the dense model.
     """
+    from ..data import SegmentationFolder
+    from ..data.label_maps import pair_files
+    from ..data.labelled import LabelRule
     from ..evaluation import evaluate_segmentation
-    from ..labelled import LabelRule
-    from ..labels import pair_files
-    from ..training import SegmentationFolder
 
     pairs = pair_files(images, labels)[:limit]
     _check_ratios(keep_ratio)
@@ -146,7 +146,7 @@ def _number(value: float | None) -> str:
 
 
 def _write_csv(report: "EvaluationReport", path: Path) -> None:
-    from .._files import atomic_file
+    from ..utils.files import atomic_file
 
     rows = report.rows()
     with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:

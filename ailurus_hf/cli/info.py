@@ -41,7 +41,7 @@ def _describe(model: Any, height: int | None, width: int | None) -> dict[str, di
 
     from ..benchmark import count_flops
     from ..modeling.configuration_ailurus import AdaptiveResolutionMixin, AiluRusConfig
-    from ..modeling.token_clustering import resolve_num_clusters
+    from ..modeling.grouping_density_peaks import resolve_num_clusters
 
     config = model.config
     if config.model_type != AiluRusConfig.model_type:

@@ -9,8 +9,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForSemanticSegmentation, PreTrainedConfig, PreTrainedModel
 
-from ..conversion.reading import CheckpointError
-from ..conversion.verification import quiet_transformers
+from ..utils.errors import CheckpointError
+from ..utils.logging import quiet_transformers
 
 __all__ = ["load_model"]
 

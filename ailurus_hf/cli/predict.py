@@ -40,8 +40,8 @@ def predict(
     For each picture NAME, OUT gets NAME.labels.png (class ids as pixel values), NAME.overlay.png (the classes' colours
     on the picture) and NAME.json (the classes and the share of pixels each has).
     """
+    from ..data.images import list_images, read_image
     from ..evaluation import segment_image
-    from ..images import list_images, read_image
     from ..visualization import model_palette
 
     files = list_images(images)
@@ -78,7 +78,7 @@ def _refuse_equal_names(files: list[Path]) -> None:
 
 def _refuse_unwritable(out: Path) -> None:
     """Before the model is loaded and run: it would be a pity to find out afterwards."""
-    from .._files import check_output_directory
+    from ..utils.files import check_output_directory
 
     check_output_directory(out, overwrite=True)
 
@@ -112,7 +112,7 @@ def _describe(file: Path, picture: "Image.Image", result: "Segmentation", names:
 def _write(
     out: Path, stem: str, picture: "Image.Image", labels: "np.ndarray", palette: "np.ndarray", report: dict[str, Any]
 ) -> None:
-    from .._files import atomic_file
+    from ..utils.files import atomic_file
     from ..visualization import indexed_image, overlay
 
     with atomic_file(out / f"{stem}.labels.png") as path:

@@ -28,8 +28,8 @@ def visualize(
     dtype: Dtype = None,
 ) -> None:
     """Draw one picture's clusters, its dense and merged predictions, and where they differ."""
+    from ..data.images import read_image
     from ..evaluation import segment_image
-    from ..images import read_image
 
     if out.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--out must end in .png, .pdf or .svg, got {out}")
@@ -52,7 +52,7 @@ def save_figure(
     out: Path, model: "PreTrainedModel", picture: "Image.Image", dense: "Segmentation", merged: "Segmentation"
 ) -> None:
     """Write the figure that compares a dense and a merged segmentation."""
-    from .._files import atomic_file
+    from ..utils.files import atomic_file
     from ..visualization import adaptive_resolution_figure, model_palette
 
     config = model.config

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from .reading import CheckpointError
-from .segformer import ORIGINS
-from .sources import find_weights, locate, read_json, read_tensors
-from .transformers_vit import FAMILIES
+from ..utils.errors import CheckpointError
+from .reading.sources import find_weights, locate, read_json, read_tensors
+from .recipes.segformer import ORIGINS
+from .recipes.transformers_vit import FAMILIES
 from .unsupported import refuse_unsupported
 
 __all__ = ["SIGNS", "Evidence", "Sign", "recognise"]

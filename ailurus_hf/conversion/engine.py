@@ -19,15 +19,17 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
-from .._files import atomic_directory, check_output_directory
-from ..model_card import CardSource, build_model_card
+from ..hub.model_card import CardSource, build_model_card
+from ..utils.errors import CheckpointError, CheckpointWarning, OtherRecipeError
+from ..utils.files import atomic_directory, check_output_directory
+from ..utils.logging import quiet_transformers
 from .detection import recognise
-from .reading import CheckpointError, CheckpointWarning, OtherRecipeError, file_sha256
+from .reading.files import file_sha256
+from .reading.sources import weight_files
 from .recipe import Plan, Recipe, SourceCheckpoint
 from .report import ConversionReport, KeyRow
 from .rules import Drop, Flatten, Rename, Rule, SplitRows, Transpose, fill, match, source_of
-from .sources import weight_files
-from .verification import float_dtype, quiet_transformers, verify_checkpoint
+from .verification import float_dtype, verify_checkpoint
 
 __all__ = ["KeyMapping", "check_rules_used", "convert_checkpoint", "map_keys"]
 
@@ -367,7 +369,7 @@ def _finite_note(not_finite: Sequence[str]) -> list[str]:
 def _find_recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(map(repr, [*RECIPES, AUTO]))}, got {name!r}")
-    recipe: Recipe = import_module(f".{RECIPES[name]}", __package__).RECIPE
+    recipe: Recipe = import_module(f".recipes.{RECIPES[name]}", __package__).RECIPE
     return recipe
 
 

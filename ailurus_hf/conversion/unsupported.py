@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from .reading import CheckpointError, OtherRecipeError
+from ..utils.errors import CheckpointError, OtherRecipeError
 
 __all__ = ["UNSUPPORTED_KEYS", "UNSUPPORTED_MODEL_TYPES", "refuse_unsupported", "unsupported_family"]
 

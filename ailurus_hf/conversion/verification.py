@@ -1,7 +1,6 @@
 """The last step of a conversion: the written folder is loaded again and its output is compared with the source's."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -9,12 +8,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from .reading import CheckpointError, read_safetensors
+from ..utils.errors import CheckpointError
+from .reading.files import read_safetensors
 from .recipe import Plan, SourceCheckpoint
 
-__all__ = ["Verification", "float_dtype", "quiet_transformers", "verify_checkpoint"]
+__all__ = ["Verification", "float_dtype", "verify_checkpoint"]
 
 TOLERANCE = 1e-4
 RELATIVE_TOLERANCE = 1e-5
@@ -37,20 +36,6 @@ class _Case:
     pixel_values: torch.Tensor
     output: str
     expected: torch.Tensor
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and remarks: a conversion reports in its own words."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def float_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:

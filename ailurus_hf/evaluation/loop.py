@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from ..benchmark import SpeedUp, count_flops, speed_up, time_side_by_side
 from ..budget import has_keep_ratio, temporary_keep_ratio
-from ..images import ImageFileError
-from ..labelled import LabelledImage
+from ..data.images import ImageFileError
+from ..data.labelled import LabelledImage
 from .boundary import BoundaryScore
 from .inference import Segmentation, segment_image
 from .segmentation import Agreement, ConfusionMatrix

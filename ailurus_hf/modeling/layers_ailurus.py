@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_ailurus import AiluRusConfig
-from .token_merging import size_weighted_attention
+from .size_weighted_attention import size_weighted_attention
 
 
 class LayerShape(NamedTuple):

@@ -23,9 +23,9 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_ailurus import AiluRusConfig
+from .grouping_density_peaks import cluster_tokens, resolve_num_clusters
 from .layers_ailurus import AiluRusLayer, AiluRusLayerScale, LayerShape
-from .token_clustering import cluster_tokens, resolve_num_clusters
-from .token_merging import TokenGroups, group_tokens, merge_tokens, unfold_tokens
+from .token_groups import TokenGroups, group_tokens, merge_tokens, unfold_tokens
 
 
 @dataclass

@@ -23,9 +23,10 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_ailurus_segformer import AiluRusSegformerConfig
+from .grouping_density_peaks import cluster_tokens, resolve_num_clusters
 from .layers_ailurus import AiluRusDropPath, eager_attention_forward
-from .token_clustering import cluster_tokens, resolve_num_clusters
-from .token_merging import TokenGroups, group_tokens, merge_tokens, size_weighted_attention, unfold_tokens
+from .size_weighted_attention import size_weighted_attention
+from .token_groups import TokenGroups, group_tokens, merge_tokens, unfold_tokens
 
 Grid = tuple[int, int]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..labelled import LabelledImage
+from ..data.labelled import LabelledImage
 
 TINY = torch.finfo(torch.float32).tiny
 

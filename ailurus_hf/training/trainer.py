@@ -12,9 +12,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..auto import AUTO_MODELS
 from ..budget import keep_ratio_of, temporary_keep_ratio
+from ..data.dataset import SegmentationCollator
 from ..evaluation import ConfusionMatrix, predictions_from_logits
-from ..model_card import CardResult, build_model_card
-from .dataset import SegmentationCollator
+from ..hub.model_card import CardResult, build_model_card
 from .loss import SegmentationLoss
 from .optimization import layerwise_parameter_groups
 

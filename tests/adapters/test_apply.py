@@ -29,7 +29,7 @@ from ailurus_hf import AiluRusConfig, AiluRusModel, apply_ailurus, remove_ailuru
 from ailurus_hf.adapters import FamilySpec, probe
 from ailurus_hf.adapters.controller import controllers_of
 from ailurus_hf.adapters.families import FAMILIES
-from ailurus_hf.modeling.token_clustering import cluster_tokens
+from ailurus_hf.modeling.grouping_density_peaks import cluster_tokens
 from tests.adapters import test_maps, test_more_encoders, test_vit_like  # noqa: F401  every family's cases
 from tests.adapters.tester import Case, FamilyTests, assert_close, assert_equal, differ, outputs
 from tests.factories import random_images

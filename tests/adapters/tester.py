@@ -22,7 +22,7 @@ from ailurus_hf import apply_ailurus, remove_ailurus
 from ailurus_hf.adapters import controller as controller_module
 from ailurus_hf.adapters import map_layers, sequence
 from ailurus_hf.adapters.controller import controllers_of
-from ailurus_hf.modeling.token_merging import TokenGroups, group_tokens, unfold_tokens
+from ailurus_hf.modeling.token_groups import TokenGroups, group_tokens, unfold_tokens
 from tests.factories import random_images
 
 STATES = (controller_module._STATES, map_layers._STATES)

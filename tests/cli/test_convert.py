@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from ailurus_hf import AiluRusConfig, _files
+from ailurus_hf import AiluRusConfig
 from ailurus_hf.cli import app as app_module
 from ailurus_hf.cli.app import main
 from ailurus_hf.conversion import engine
+from ailurus_hf.utils import files
 from tests.conversion.segmenter_files import segmenter_shapes, segmenter_variant, write_segmenter
 
 
@@ -140,7 +141,7 @@ def test_output_that_is_or_is_below_a_file(source: str, capfd: pytest.CaptureFix
 
 def test_read_only_parent(source: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulated: permissions do not stop a superuser, who may well run these tests."""
-    monkeypatch.setattr(_files.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(files.os, "access", lambda path, mode: False)
     assert "is read-only" in refused(capfd, "convert", "segmenter", source, "out")
 
 

@@ -9,8 +9,8 @@ from PIL import Image
 
 from ailurus_hf import AiluRusForSemanticSegmentation, AiluRusImageProcessor
 from ailurus_hf.cli.app import main
+from tests.data.files import IGNORE, NUM_LABELS, write_camvid
 from tests.factories import tiny_model
-from tests.training.files import IGNORE, NUM_LABELS, write_camvid
 
 
 @pytest.fixture

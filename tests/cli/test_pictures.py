@@ -16,7 +16,7 @@ from ailurus_hf import (
     AiluRusSegformerForSemanticSegmentation,
 )
 from ailurus_hf.cli.app import main
-from ailurus_hf.scenes import CLASS_NAMES
+from ailurus_hf.demo.scenes import CLASS_NAMES
 from tests.factories import tiny_model, tiny_segformer
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (44, 70, 3), dtype=np.uint8)
@@ -257,7 +257,7 @@ def test_demo_prints_a_table(capfd):
 
 
 def test_demo_checkpoint_is_small_and_names_its_classes():
-    folder = Path(__file__).parents[2] / "ailurus_hf" / "demo_checkpoint"
+    folder = Path(__file__).parents[2] / "ailurus_hf" / "demo" / "checkpoint"
     assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= 6_000_000
     config = AiluRusForSemanticSegmentation.from_pretrained(folder).config
     assert list(config.id2label.values()) == list(CLASS_NAMES)

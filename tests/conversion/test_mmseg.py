@@ -14,8 +14,8 @@ from torch import nn
 from ailurus_hf import AiluRusConfig, AiluRusForSemanticSegmentation, AiluRusImageProcessor
 from ailurus_hf.conversion import CheckpointError, convert_checkpoint
 from ailurus_hf.conversion.engine import map_keys
-from ailurus_hf.conversion.mmseg import mmseg_rules
-from ailurus_hf.conversion.mmseg_config import parse_config
+from ailurus_hf.conversion.reading.python_config import parse_config
+from ailurus_hf.conversion.recipes.mmseg import mmseg_rules
 from ailurus_hf.evaluation import sliding_window_logits
 from tests.paths import golden
 

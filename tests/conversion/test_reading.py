@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ailurus_hf.conversion.reading import (
-    CheckpointError,
+from ailurus_hf.conversion.reading.files import (
     file_sha256,
     read_safetensors,
     read_torch_file,
@@ -20,6 +19,7 @@ from ailurus_hf.conversion.reading import (
     state_dict_of,
     strip_common_prefix,
 )
+from ailurus_hf.utils.errors import CheckpointError
 
 
 class Payload:

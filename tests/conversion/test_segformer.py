@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSemanticSegmentation, SegformerConfig, SegformerForSemanticSegmentation
 
 from ailurus_hf import AiluRusSegformerForSemanticSegmentation
-from ailurus_hf.conversion import CheckpointError, CheckpointWarning, convert_checkpoint, segformer
+from ailurus_hf.conversion import CheckpointError, CheckpointWarning, convert_checkpoint
 from ailurus_hf.conversion.engine import check_rules_used, map_keys
+from ailurus_hf.conversion.recipes import segformer
 from tests.paths import golden
 
 GOLDENS = {"nvlabs": ("segformer_nvlabs", "segformer"), "mmseg": ("mmseg", "segformer")}

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
 
 from ailurus_hf import AiluRusConfig, AiluRusForSemanticSegmentation, AiluRusImageProcessor
-from ailurus_hf._files import atomic_directory
-from ailurus_hf.conversion import CheckpointError, CheckpointWarning, convert_checkpoint, engine, segmenter
+from ailurus_hf.conversion import CheckpointError, CheckpointWarning, convert_checkpoint, engine
 from ailurus_hf.conversion.engine import check_rules_used, map_keys
+from ailurus_hf.conversion.recipes import segmenter
+from ailurus_hf.conversion.references.segmenter import segmenter_logits
 from ailurus_hf.conversion.rules import Drop
-from ailurus_hf.conversion.segmenter_reference import segmenter_logits
+from ailurus_hf.utils.files import atomic_directory
 from tests.conversion.segmenter_files import segmenter_shapes, segmenter_tensors, segmenter_variant, write_segmenter
 from tests.paths import golden, shared
 

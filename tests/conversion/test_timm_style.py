@@ -15,7 +15,7 @@ import ailurus_hf
 from ailurus_hf import AiluRusConfig
 from ailurus_hf.conversion import CheckpointError, convert_checkpoint
 from ailurus_hf.conversion.engine import check_rules_used, map_keys
-from ailurus_hf.conversion.timm_style import TimmParts, encoder_rules
+from ailurus_hf.conversion.recipes.timm_style import TimmParts, encoder_rules
 from tests.conversion.vit_files import HEADS, vit_tensors, write_timm
 from tests.paths import golden
 

@@ -13,9 +13,10 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import ailurus_hf
-from ailurus_hf.conversion import CheckpointError, convert_checkpoint, sources
+from ailurus_hf.conversion import CheckpointError, convert_checkpoint
 from ailurus_hf.conversion.engine import check_rules_used, map_keys
-from ailurus_hf.conversion.transformers_vit import FAMILIES, transformers_rules
+from ailurus_hf.conversion.reading import sources
+from ailurus_hf.conversion.recipes.transformers_vit import FAMILIES, transformers_rules
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 LABELS = {"id2label": {0: "cat", 1: "dog", 2: "newt"}, "label2id": {"cat": 0, "dog": 1, "newt": 2}}

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from ailurus_hf.conversion import CheckpointError
-from ailurus_hf.conversion.sources import read_tensors
-from ailurus_hf.conversion.unpickling import Placeholder, _Tensor, read_tensors_from_pickle
+from ailurus_hf.conversion.reading.sources import read_tensors
+from ailurus_hf.conversion.reading.unpickling import Placeholder, _Tensor, read_tensors_from_pickle
 from tests.paths import golden
 
 

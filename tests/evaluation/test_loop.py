@@ -17,11 +17,11 @@ from ailurus_hf import (
     AiluRusSegformerForSemanticSegmentation,
     apply_ailurus,
 )
+from ailurus_hf.data import SegmentationFolder
+from ailurus_hf.data.images import ImageFileError
 from ailurus_hf.evaluation import ConfusionMatrix, class_scores, evaluate_segmentation, segment_image
-from ailurus_hf.images import ImageFileError
-from ailurus_hf.training import SegmentationFolder
+from tests.data.files import IGNORE, NUM_LABELS, write_camvid, write_labels
 from tests.factories import random_images, tiny_model, tiny_segformer
-from tests.training.files import IGNORE, NUM_LABELS, write_camvid, write_labels
 
 PROCESSOR = AiluRusImageProcessor()
 ROOT = Path(__file__).parents[2]
@@ -142,7 +142,7 @@ import sys, json, torch
 from accelerate import PartialState
 from ailurus_hf import AiluRusForSemanticSegmentation, AiluRusImageProcessor
 from ailurus_hf.evaluation import evaluate_segmentation
-from ailurus_hf.training import SegmentationFolder
+from ailurus_hf.data import SegmentationFolder
 model = AiluRusForSemanticSegmentation.from_pretrained(sys.argv[1])
 samples = SegmentationFolder.camvid(sys.argv[2], "val")
 report = evaluate_segmentation(model, AiluRusImageProcessor(), samples, (1, 0.25), boundary=True)

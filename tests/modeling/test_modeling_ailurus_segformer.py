@@ -8,7 +8,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from ailurus_hf import AiluRusSegformerBackbone, AiluRusSegformerForSemanticSegmentation, AiluRusSegformerModel
 from ailurus_hf.modeling import modeling_ailurus_segformer
-from ailurus_hf.modeling.token_merging import group_tokens, merge_tokens, unfold_tokens
+from ailurus_hf.modeling.token_groups import group_tokens, merge_tokens, unfold_tokens
 from tests.factories import random_images, tiny_segformer
 from tests.modeling.test_modeling_ailurus import enable_gradient_checkpointing, main_output
 from tests.reference import merging as reference

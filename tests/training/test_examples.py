@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from ailurus_hf import AiluRusForSemanticSegmentation, AiluRusImageProcessor, AiluRusModel
+from tests.data.files import IGNORE, NUM_LABELS, write_camvid
 from tests.factories import tiny_model
-from tests.training.files import IGNORE, NUM_LABELS, write_camvid
 
 ROOT = Path(__file__).parents[2]
 TRAINER, LOOP = ROOT / "examples" / "finetune_segmentation.py", ROOT / "examples" / "finetune_accelerate.py"

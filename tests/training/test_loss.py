@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ailurus_hf.training import LabelledImage, SegmentationLoss, class_weights, count_labels
-from tests.training.files import IGNORE, NUM_LABELS, labelled_picture
+from ailurus_hf.data import LabelledImage
+from ailurus_hf.training import SegmentationLoss, class_weights, count_labels
+from tests.data.files import IGNORE, NUM_LABELS, labelled_picture
 
 WEIGHT = torch.tensor([1.0, 0.5, 2.0, 3.0])
 

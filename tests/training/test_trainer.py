@@ -12,19 +12,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, TrainerCallback, TrainingArguments
 
 from ailurus_hf import AiluRusForSemanticSegmentation, AiluRusImageProcessor, apply_ailurus
+from ailurus_hf.data import SegmentationAugmentation, SegmentationDataset, open_layout
 from ailurus_hf.evaluation import ConfusionMatrix
-from ailurus_hf.training import (
-    KeepRatioSchedule,
-    SegmentationAugmentation,
-    SegmentationDataset,
-    SegmentationLoss,
-    SegmentationTrainer,
-    check_resume,
-    open_layout,
-)
+from ailurus_hf.training import KeepRatioSchedule, SegmentationLoss, SegmentationTrainer, check_resume
+from tests.data.files import IGNORE, NUM_LABELS, labelled_picture, write_camvid, write_labels
 from tests.evaluation.test_loop import native
 from tests.factories import tiny_model
-from tests.training.files import IGNORE, NUM_LABELS, labelled_picture, write_camvid, write_labels
 
 PROCESSOR = AiluRusImageProcessor()
 

@@ -1,0 +1,170 @@
+"""From what the user names (a file, a folder, a name on the Hub) to the contents of its files."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, snapshot_download
+
+from ...utils.errors import CheckpointError
+from ..unsupported import refuse_unsupported
+from .files import explain_load_failure, read_safetensors, read_torch_file, state_dict_of
+from .unpickling import read_tensors_from_pickle
+
+__all__ = ["find_weights", "license_of", "locate", "read_json", "read_tensors", "tensors_of", "weight_files"]
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_SETTINGS = ["*.json", "README.md"]
+_MAX_JSON_BYTES = 50_000_000
+WEIGHT_NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "checkpoint.pth",
+)
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+RECORDED = "golden.safetensors"  # outputs recorded beside a checkpoint, no weights
+
+
+def locate(source: str | Path, hub: bool = True) -> Path:
+    """The file or folder that `source` names; a name on the Hub (`owner/name`) is downloaded to the cache.
+
+    Only settings and weights are downloaded, safetensors where there are any.
+
+    Raises:
+        FileNotFoundError: it is neither a path nor a name that the Hub (or its cache, offline) has.
+        CheckpointError: it is neither a file nor a folder.
+    """
+    path = Path(source)
+    if path.is_dir() or path.is_file():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{source} is neither a file nor a folder")
+    if not hub or not _HUB_NAME.fullmatch(str(source)):
+        raise FileNotFoundError(f"{source} does not exist" + ("; a name on the Hub is owner/name" if hub else ""))
+    try:
+        folder = Path(snapshot_download(str(source), allow_patterns=[*_SETTINGS, "model*.safetensors"]))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(str(source), allow_patterns=[*_SETTINGS, "pytorch_model*.bin"]))
+    except Exception as error:  # offline, no such repository, not allowed: whatever the HTTP client raises
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise FileNotFoundError(f"{source} is no file or folder, and the Hub does not give it: {reason[0]}") from error
+    return folder
+
+
+def find_weights(source: Path, preferred: Sequence[str] = WEIGHT_NAMES) -> Path:
+    """The weight file (or the index of the shards) in a folder, or the file itself.
+
+    Raises:
+        FileNotFoundError: the folder has none, or several and none of a preferred name.
+    """
+    if source.is_file():
+        return source
+    for name in preferred:
+        if (source / name).is_file():
+            return source / name
+    others = [p for p in sorted(source.iterdir()) if p.suffix in WEIGHT_SUFFIXES and p.name != RECORDED]
+    if len(others) == 1:
+        return others[0]
+    found = ", ".join(sorted(path.name for path in source.iterdir())[:8]) or "nothing"
+    raise FileNotFoundError(
+        f"no {' or '.join(preferred[:1])} in {source}, which holds {found}; name the file itself if it is one of them"
+    )
+
+
+def weight_files(path: Path) -> tuple[Path, ...]:
+    """The files that hold the tensors: `path`, or the shards it lists.
+
+    Raises:
+        CheckpointError: the index is malformed, or names files outside its folder.
+        FileNotFoundError: a shard is missing.
+    """
+    if path.suffix != ".json":
+        return (path,)
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} must list the shards in 'weight_map'")
+    names = sorted({str(name) for name in weight_map.values()})
+    if any(Path(name).name != name or Path(name).suffix == ".json" for name in names):
+        raise CheckpointError(f"{path} is refused: its shards must be files of the same folder, got {names[0]!r}")
+    for name in names:
+        if not (path.parent / name).is_file():
+            raise FileNotFoundError(f"{path} lists {name}, which is not there")
+    return tuple(path.parent / name for name in names)
+
+
+def read_tensors(path: Path, objects: bool = False) -> Mapping[str, Any]:
+    """What a weight file, or all the shards of an index, hold.
+
+    Args:
+        path: from [`find_weights`].
+        objects: whether a file may hold other objects beside the tensors; they become placeholders.
+
+    Raises:
+        CheckpointError: a file is unreadable, unsafe, or holds no dictionary.
+    """
+    content: dict[str, Any] = {}
+    for file in weight_files(path):
+        part = read_safetensors(file) if file.suffix == ".safetensors" else _read_pickled(file, objects)
+        if not isinstance(part, Mapping):
+            raise CheckpointError(f"{file} holds a {type(part).__name__}, expected a dictionary of tensors")
+        content |= part
+    return content
+
+
+def _read_pickled(path: Path, objects: bool) -> Any:
+    """torch's own safe reader first; the placeholders only where it refuses objects, not damage."""
+    try:
+        return read_torch_file(path)
+    except CheckpointError as error:
+        if not objects or "is refused" not in str(error):
+            raise
+        try:
+            return read_tensors_from_pickle(path)
+        except Exception as failure:  # a damaged or hostile pickle raises whatever its bytes spell
+            raise CheckpointError(explain_load_failure(path, error.__cause__ or failure)) from failure  # type: ignore[arg-type]
+
+
+def tensors_of(content: Mapping[str, Any], path: Path, entry: str = "model") -> dict[str, torch.Tensor]:
+    """The tensors of `content[entry]`, or of `content` itself; families that cannot be ported are refused first.
+
+    Raises:
+        CheckpointError: there are none, or they are of an unsupported family.
+    """
+    inner = content.get(entry, content)
+    if isinstance(inner, Mapping):
+        refuse_unsupported(path, (key for key in inner if isinstance(key, str)))
+    return state_dict_of(content, path, entry)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: the file is too large, no JSON, or no object.
+    """
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} is refused: larger than {_MAX_JSON_BYTES} bytes, so no settings file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a readable JSON file: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def license_of(folder: Path) -> str | None:
+    """The licence that the source's own model card names, or `None`."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    try:
+        license = ModelCard.load(card, ignore_metadata_errors=True).data.license
+    except Exception:  # a card without or with broken metadata says nothing about the licence
+        return None
+    return license if isinstance(license, str) else None

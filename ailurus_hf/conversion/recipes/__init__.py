@@ -1,0 +1,1 @@
+"""One file per source: signs of recognition, table of rules, config reader."""

@@ -1,0 +1,92 @@
+"""The recipe for checkpoints of the original DINO: released backbones and training checkpoints.
+
+DINO (Caron et al., ICCV 2021, arXiv 2104.14294, https://github.com/facebookresearch/dino) trains a plain ViT without
+labels. Facts of the original code kept here:
+
+- LayerNorm eps is 1e-6, the GELU is exact, tokens have heads of 64 channels;
+- positions are resized bicubically, without antialiasing, by the scale (side + 0.1) / trained side: the scale, not the
+  size, sets where the table is sampled;
+- a training checkpoint holds a student and a teacher; the teacher is the one to use.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ..reading.files import strip_common_prefix
+from ..reading.sources import find_weights, locate, read_tensors, tensors_of
+from ..recipe import Plan, Recipe, SourceCheckpoint
+from ..references.vit import ViTForward
+from ..rules import Drop, Rule
+from .timm_style import IMAGENET, TimmParts, encoder_rules, encoder_settings
+
+__all__ = ["RECIPE", "dino_rules", "plan_dino", "read_dino"]
+
+POSITION_OFFSET = 0.1
+
+CITATION = """@inproceedings{caron2021emerging,
+  title     = {Emerging Properties in Self-Supervised Vision Transformers},
+  author    = {Caron, Mathilde and Touvron, Hugo and Misra, Ishan and J\\'egou, Herv\\'e and Mairal, Julien and
+               Bojanowski, Piotr and Joulin, Armand},
+  booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision},
+  year      = {2021}
+}"""
+
+
+def dino_rules(parts: TimmParts) -> tuple[Rule, ...]:
+    """The whole table; a training checkpoint's projection head has no place in the model."""
+    rules = encoder_rules(parts, target="")
+    if not parts.prefix:
+        return rules
+    return (*rules, Drop("head.{rest:*}", "DINO's projection head, used only in training", optional=True))
+
+
+def read_dino(source: str | Path) -> SourceCheckpoint:
+    """Read a released backbone, or the teacher of a training checkpoint.
+
+    Raises:
+        FileNotFoundError: the source or its weights are missing.
+        CheckpointError: a file is unreadable or unsafe, or holds no state dict.
+    """
+    weights = find_weights(locate(source, hub=False))
+    content = read_tensors(weights, objects=True)
+    tensors = strip_common_prefix(tensors_of(content, weights, "teacher"))
+    return SourceCheckpoint(weights, tensors, description={})
+
+
+def plan_dino(checkpoint: SourceCheckpoint) -> Plan:
+    """Make the plan from the tensors.
+
+    Raises:
+        CheckpointError: the tensors are not those of a ViT, or do not tell the number of heads or the grid.
+    """
+    prefix = "backbone." if any(key.startswith("backbone.") for key in checkpoint.tensors) else ""
+    parts = TimmParts(frozenset(checkpoint.tensors), prefix)
+    config = encoder_settings(checkpoint, parts) | position_settings(POSITION_OFFSET)
+    return Plan(
+        config=config,
+        rules=dino_rules(parts),
+        processor=dict(IMAGENET),
+        model_class="AiluRusModel",
+        reference=ViTForward(config, prefix, offset=POSITION_OFFSET),
+        output="last_hidden_state",
+        recorded={"cls": "pooler_output"},
+    )
+
+
+def position_settings(offset: float = 0.0, antialias: bool = False) -> dict[str, Any]:
+    """The fields of `AiluRusConfig` that say how positions are resized: bicubic, whenever the grid differs."""
+    return {
+        "position_interpolation": "bicubic",
+        "position_offset": offset,
+        "position_antialias": antialias,
+        "position_resize_rule": "shape",
+    }
+
+
+RECIPE = Recipe(
+    title="DINO",
+    url="https://github.com/facebookresearch/dino",
+    citation=CITATION,
+    read=read_dino,
+    plan=plan_dino,
+)

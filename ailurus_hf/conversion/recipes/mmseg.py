@@ -1,0 +1,330 @@
+"""The recipe for mmsegmentation: Segmenter, and SETR with its naive or PUP head, on its `VisionTransformer`.
+
+mmsegmentation (https://github.com/open-mmlab/mmsegmentation). Facts of its code (0.30 to 1.2) kept here:
+
+- the backbone's LayerNorm eps is in its config (1e-6 in the published ones), that of the mask head is 1e-5, that of
+  SETR's head 1e-6;
+- positions are resized with the config's `interpolate_mode`, without antialiasing, only when the token count differs;
+- images are padded to whole patches; the logits are resized from the padded grid straight to the image's size;
+- the patch projection may have no bias: the tensors tell, not the config;
+- the head looks at one of the layers that `out_indices` names, the one that `in_index` selects;
+- images are normalised on the 0 to 255 scale.
+
+The settings are those stored in the checkpoint, else those of a `.py` config beside it; neither is executed.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...utils.errors import CheckpointError
+from ..reading.files import strip_common_prefix
+from ..reading.python_config import parse_config
+from ..reading.sources import find_weights, license_of, locate, read_tensors, tensors_of
+from ..recipe import Plan, Recipe, SourceCheckpoint
+from ..references.mmseg import MmsegForward
+from ..rules import Drop, Flatten, Rename, Rule, SplitRows
+from .timm_style import count_blocks
+
+__all__ = ["RECIPE", "mmseg_rules", "plan_mmseg", "read_mmseg"]
+
+PARAM = "{param:weight|bias}"
+HEADS = {
+    "SegmenterMaskTransformerHead": "mask_transformer",
+    "FCNHead": "linear",
+    "SETRUPHead": "progressive_upsampling",
+}
+INTERPOLATIONS = ("bicubic", "bilinear")
+BACKBONE_FLAGS = {
+    "with_cls_token": True,
+    "patch_norm": False,
+    "pre_norm": False,
+    "qkv_bias": True,
+    "out_origin": False,
+    "output_cls_token": False,
+}
+SETR_NORM = {"type": "LN", "eps": 1e-6}
+RELU = {"type": "ReLU"}
+DEFAULT_EPS = 1e-5  # of `dict(type="LN")`, and of BatchNorm
+
+CITATION = """@misc{mmseg2020,
+  title  = {{MMSegmentation}: OpenMMLab Semantic Segmentation Toolbox and Benchmark},
+  author = {MMSegmentation Contributors},
+  year   = {2020},
+  note   = {https://github.com/open-mmlab/mmsegmentation}
+}"""
+
+
+def _block_rules(block: str, layer: str) -> tuple[Rule, ...]:
+    """The rules of one stack of transformer layers, the same in backbone and head."""
+    qkv = tuple(f"{layer}.attention.{name}_proj.{{param}}" for name in "qkv")
+    return (
+        Rename(f"{block}.ln1.{PARAM}", f"{layer}.layernorm_before.{{param}}"),
+        SplitRows(f"{block}.attn.attn.in_proj_{PARAM}", qkv),
+        Rename(f"{block}.attn.attn.out_proj.{PARAM}", f"{layer}.attention.o_proj.{{param}}"),
+        Rename(f"{block}.ln2.{PARAM}", f"{layer}.layernorm_after.{{param}}"),
+        Rename(f"{block}.ffn.layers.0.0.{PARAM}", f"{layer}.mlp.fc1.{{param}}"),
+        Rename(f"{block}.ffn.layers.1.{PARAM}", f"{layer}.mlp.fc2.{{param}}"),
+    )
+
+
+BACKBONE_RULES: tuple[Rule, ...] = (
+    Rename("backbone.cls_token", "ailurus.embeddings.cls_token"),
+    Rename("backbone.pos_embed", "ailurus.embeddings.position_embeddings"),
+    Rename(f"backbone.patch_embed.projection.{PARAM}", "ailurus.embeddings.patch_embeddings.projection.{param}"),
+    *_block_rules("backbone.layers.{layer}", "ailurus.layers.{layer}"),
+)
+FINAL_NORM_RULES: tuple[Rule, ...] = (Rename(f"backbone.ln1.{PARAM}", "ailurus.layernorm.{param}"),)
+HEAD_RULES: Mapping[str, tuple[Rule, ...]] = {
+    "linear": (
+        Flatten("decode_head.conv_seg.weight", "decode_head.classifier.weight"),
+        Rename("decode_head.conv_seg.bias", "decode_head.classifier.bias"),
+    ),
+    "mask_transformer": (
+        Rename("decode_head.cls_emb", "decode_head.class_tokens"),
+        Rename(f"decode_head.dec_proj.{PARAM}", "decode_head.projection.{param}"),
+        *_block_rules("decode_head.layers.{layer}", "decode_head.layers.{layer}"),
+        Rename(f"decode_head.decoder_norm.{PARAM}", "decode_head.layernorm.{param}"),
+        Rename("decode_head.patch_proj.weight", "decode_head.patch_projection.weight"),
+        Rename("decode_head.classes_proj.weight", "decode_head.class_projection.weight"),
+        Rename(f"decode_head.mask_norm.{PARAM}", "decode_head.mask_norm.{param}"),
+        Drop(f"decode_head.conv_seg.{PARAM}", "a classifier that the mask head does not use", optional=True),
+    ),
+    "progressive_upsampling": (
+        Rename(f"decode_head.norm.{PARAM}", "decode_head.layernorm.{param}"),
+        Rename("decode_head.up_convs.{layer}.0.conv.weight", "decode_head.convolutions.{layer}.weight"),
+        Rename(
+            "decode_head.up_convs.{layer}.0.bn.{param:weight|bias|running_mean|running_var|num_batches_tracked}",
+            "decode_head.batch_norms.{layer}.{param}",
+        ),
+        Rename(f"decode_head.conv_seg.{PARAM}", "decode_head.classifier.{param}"),
+    ),
+}
+
+
+def mmseg_rules(decoder_type: str, final_norm: bool) -> tuple[Rule, ...]:
+    """The whole table for a head of this `decoder_type`."""
+    auxiliary = Drop("auxiliary_head.{rest:*}", "an auxiliary head, used only in training", optional=True)
+    return BACKBONE_RULES + (FINAL_NORM_RULES if final_norm else ()) + HEAD_RULES[decoder_type] + (auxiliary,)
+
+
+def read_mmseg(source: str | Path) -> SourceCheckpoint:
+    """Read a checkpoint and its config, from inside the file or from the one `.py` beside it.
+
+    Raises:
+        FileNotFoundError: the source or its weights are missing.
+        CheckpointError: a file is unreadable or unsafe, or holds no state dict or no config.
+    """
+    weights = find_weights(locate(source, hub=False), preferred=("latest.pth",))
+    content = read_tensors(weights, objects=True)
+    tensors = strip_common_prefix(tensors_of(content, weights, "state_dict"))
+    meta = content.get("meta")
+    meta = meta if isinstance(meta, Mapping) else {}
+    data = meta.get("dataset_meta")
+    labels = data if isinstance(data, Mapping) else {name.lower(): meta.get(name) for name in ("CLASSES", "PALETTE")}
+    return SourceCheckpoint(weights, tensors, {**_config(meta, weights), "labels": dict(labels)})
+
+
+def _config(meta: Mapping[str, Any], weights: Path) -> dict[str, Any]:
+    texts = {f"{weights}, meta.{name}": meta[name] for name in ("cfg", "config") if isinstance(meta.get(name), str)}
+    beside = sorted(weights.parent.glob("*.py"))
+    if len(beside) == 1:
+        texts[str(beside[0])] = beside[0].read_text(encoding="utf-8", errors="replace")
+    for name, text in texts.items():
+        config = parse_config(text, name)
+        if isinstance(config.get("model"), dict) and "backbone" in config["model"]:
+            return config
+    where = ", ".join(texts) or "no config in the checkpoint, no single .py beside it"
+    raise CheckpointError(f"{weights}: no config with model = dict(backbone=...) written out was found ({where})")
+
+
+def plan_mmseg(checkpoint: SourceCheckpoint) -> Plan:
+    """Make the plan from the config.
+
+    Raises:
+        CheckpointError: the model is not Segmenter or SETR on a `VisionTransformer`, or a setting is missing or not
+            supported.
+    """
+    model = _section(checkpoint.description, "model", "")
+    backbone, head = _section(model, "backbone", "model"), _section(model, "decode_head", "model")
+    _check_kinds(backbone, head)
+    config = _backbone_settings(checkpoint, backbone) | _head_settings(head)
+    config |= _label_settings(checkpoint, config["num_labels"]) | _window_settings(model)
+    data = model.get("data_preprocessor") or checkpoint.description.get("data_preprocessor")
+    data = data or checkpoint.description.get("img_norm_cfg")
+    return Plan(
+        config=config,
+        rules=mmseg_rules(config["decoder_type"], config["use_final_norm"]),
+        processor=_processor(data, config),
+        reference=MmsegForward(config),
+        recorded={"logits": "logits"},
+        pads_images=True,
+        license=license_of(checkpoint.weights_path.parent),
+    )
+
+
+def _check_kinds(backbone: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+    if backbone.get("type") != "VisionTransformer":
+        raise CheckpointError(
+            f"model.backbone.type must be 'VisionTransformer', got {backbone.get('type')!r}; other backbones "
+            "are not converted"
+        )
+    kind = head.get("type")
+    if kind not in HEADS:
+        raise CheckpointError(f"model.decode_head.type must be one of {', '.join(HEADS)}, got {kind!r}")
+    if kind == "FCNHead" and (head.get("num_convs", 2) != 0 or head.get("concat_input", True)):
+        raise CheckpointError("model.decode_head must have num_convs=0 and concat_input=False, the linear head")
+    if kind == "SETRUPHead":
+        _check_upsampling(head)
+    for name, expected in BACKBONE_FLAGS.items():
+        if backbone.get(name, expected) is not expected:
+            raise CheckpointError(f"model.backbone.{name} must be {expected}, got {backbone[name]!r}")
+    _check_last_layer(backbone, head)
+    if head.get("align_corners", False):
+        raise CheckpointError("model.decode_head.align_corners must be False, got True")
+
+
+def _check_upsampling(head: Mapping[str, Any]) -> None:
+    """What SETR's head could have and the published ones do not: other norms, activations and kernels."""
+    norm, activation = _section(head, "norm_cfg", "model.decode_head"), head.get("act_cfg", RELU)
+    layer_norm = head.get("norm_layer", SETR_NORM)
+    if not isinstance(layer_norm, Mapping) or layer_norm.get("type") != "LN":
+        raise CheckpointError(f"model.decode_head.norm_layer must be LN, got {layer_norm!r}")
+    if norm.get("type") not in ("BN", "BN2d", "SyncBN") or norm.get("eps", DEFAULT_EPS) != DEFAULT_EPS:
+        raise CheckpointError(f"model.decode_head.norm_cfg must be BN or SyncBN with eps {DEFAULT_EPS}, got {norm!r}")
+    if not isinstance(activation, Mapping) or activation.get("type") != "ReLU":
+        raise CheckpointError(f"model.decode_head.act_cfg must be ReLU, got {activation!r}")
+    if head.get("kernel_size", 3) not in (1, 3):
+        raise CheckpointError(f"model.decode_head.kernel_size must be 1 or 3, got {head['kernel_size']!r}")
+
+
+def _check_last_layer(backbone: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+    """The head must look at the last layer: `in_index` selects one of the outputs, which come in the layers' order."""
+    last = _integer(backbone, "num_layers", 12) - 1
+    named, selected = backbone.get("out_indices", -1), head.get("in_index", -1)
+    layers = named if isinstance(named, list | tuple) else [last if named == -1 else named]
+    if not all(type(index) is int and 0 <= index <= last for index in layers) or last not in layers:
+        raise CheckpointError(f"model.backbone.out_indices must name the last layer, {last}, got {named!r}")
+    if type(selected) is not int or selected not in (-1, len(set(layers)) - 1):
+        raise CheckpointError(
+            f"model.decode_head.in_index must select the last layer of out_indices {named!r}, got {selected!r}"
+        )
+
+
+def _backbone_settings(checkpoint: SourceCheckpoint, backbone: Mapping[str, Any]) -> dict[str, Any]:
+    hidden_size = _integer(backbone, "embed_dims", 768)
+    mode = backbone.get("interpolate_mode", "bicubic")
+    if mode not in INTERPOLATIONS:
+        raise CheckpointError(f"model.backbone.interpolate_mode must be one of {INTERPOLATIONS}, got {mode!r}")
+    return {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": count_blocks(checkpoint.tensors, "backbone.layers.{layer}"),
+        "num_attention_heads": _integer(backbone, "num_heads", 12),
+        "intermediate_size": _integer(backbone, "mlp_ratio", 4) * hidden_size,
+        "layer_norm_eps": _eps(backbone.get("norm_cfg")),
+        "image_size": _pair(backbone.get("img_size", 224), "model.backbone.img_size"),
+        "patch_size": _integer(backbone, "patch_size", 16),
+        "num_channels": _integer(backbone, "in_channels", 3),
+        "patch_bias": "backbone.patch_embed.projection.bias" in checkpoint.tensors,
+        "use_final_norm": "backbone.ln1.weight" in checkpoint.tensors,
+        "hidden_dropout_prob": float(backbone.get("drop_rate", 0.0)),
+        "attention_probs_dropout_prob": float(backbone.get("attn_drop_rate", 0.0)),
+        "drop_path_rate": float(backbone.get("drop_path_rate", 0.0)),
+        "position_interpolation": mode,
+        "position_resize_rule": "count",
+        "logits_resize": "squeeze",
+    }
+
+
+def _head_settings(head: Mapping[str, Any]) -> dict[str, Any]:
+    settings = {"decoder_type": HEADS[head["type"]], "num_labels": _integer(head, "num_classes", None)}
+    if head["type"] == "FCNHead":
+        return settings
+    if head["type"] == "SETRUPHead":
+        return settings | {
+            "decoder_num_layers": _integer(head, "num_convs", 1),
+            "decoder_hidden_size": _integer(head, "channels", None),
+            "decoder_kernel_size": _integer(head, "kernel_size", 3),
+            "decoder_upscale": _integer(head, "up_scale", 4),
+            "decoder_layer_norm_eps": _eps(head.get("norm_layer", SETR_NORM)),
+            "decoder_dropout_prob": float(head.get("dropout_ratio", 0.1)),
+        }
+    embed_dims = _integer(head, "embed_dims", 768)
+    return settings | {
+        "decoder_num_layers": _integer(head, "num_layers", None),
+        "decoder_num_attention_heads": _integer(head, "num_heads", None),
+        "decoder_intermediate_size": _integer(head, "mlp_ratio", 4) * embed_dims,
+        "decoder_layer_norm_eps": _eps(head.get("norm_cfg")),
+        "decoder_dropout_prob": float(head.get("drop_rate", 0.0)),
+    }
+
+
+def _label_settings(checkpoint: SourceCheckpoint, num_labels: int) -> dict[str, Any]:
+    """Class names and colours of the data set, where the checkpoint carries as many as it has classes."""
+    labels = checkpoint.description["labels"]
+    settings: dict[str, Any] = {}
+    names, palette = labels.get("classes"), labels.get("palette")
+    if _is_list(names, num_labels) and all(isinstance(name, str) for name in names):
+        settings["id2label"] = dict(enumerate(names))
+        settings["label2id"] = {name: index for index, name in enumerate(names)}
+    if _is_list(palette, num_labels) and all(_is_list(colour, 3) for colour in palette):
+        settings["palette"] = [[int(value) for value in colour] for colour in palette]
+    return settings
+
+
+def _window_settings(model: Mapping[str, Any]) -> dict[str, int]:
+    test = model.get("test_cfg")
+    if not isinstance(test, Mapping) or test.get("mode") != "slide":
+        return {}
+    size, stride = (_pair(test.get(name), f"model.test_cfg.{name}") for name in ("crop_size", "stride"))
+    if len({*size}) > 1 or len({*stride}) > 1:
+        return {}  # windows here are square
+    return {"window_size": size[0], "window_stride": stride[0]}
+
+
+def _processor(data: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Normalisation, from the 0 to 255 scale to 0 to 1."""
+    data = data if isinstance(data, Mapping) else {}
+    mean, std = data.get("mean"), data.get("std")
+    if not _is_list(mean, config["num_channels"]) or not _is_list(std, config["num_channels"]):
+        raise CheckpointError("the config's data_preprocessor must have mean and std written out")
+    return {"image_mean": [value / 255 for value in mean], "image_std": [value / 255 for value in std]}
+
+
+def _eps(norm: Any) -> float:
+    eps = norm.get("eps", DEFAULT_EPS) if isinstance(norm, Mapping) and norm.get("type", "LN") == "LN" else DEFAULT_EPS
+    return float(eps)
+
+
+def _section(parent: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    value = parent.get(key)
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"the config's {where}{'.' * bool(where)}{key} must be a dict, got {value!r}")
+    return value
+
+
+def _integer(section: Mapping[str, Any], key: str, default: int | None) -> int:
+    value = section.get(key, default)
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"the config's {key} must be a whole number above 0, got {value!r}")
+    return value
+
+
+def _pair(value: Any, name: str) -> list[int]:
+    sides: Sequence[Any] = [value, value] if type(value) is int else value if isinstance(value, list | tuple) else []
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise CheckpointError(f"the config's {name} must be a number or (height, width), got {value!r}")
+    return list(sides)
+
+
+def _is_list(value: Any, length: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == length
+
+
+RECIPE = Recipe(
+    title="mmsegmentation",
+    url="https://github.com/open-mmlab/mmsegmentation",
+    citation=CITATION,
+    read=read_mmseg,
+    plan=plan_mmseg,
+)

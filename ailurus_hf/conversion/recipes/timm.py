@@ -1,0 +1,191 @@
+"""The recipe for timm's `VisionTransformer`: a folder (or Hub name) with timm's `config.json`, or a bare weight file.
+
+timm (https://github.com/huggingface/pytorch-image-models). Facts of its code kept here:
+
+- LayerNorm eps is 1e-6, the GELU is exact;
+- positions are resized bicubically with antialiasing, to the exact size, whenever the grid differs;
+- tokens are class, (distillation,) registers, patches; with `no_embed_class` only patches have positions, else all do;
+- `global_pool="avg"` takes the mean of the patch tokens, then `fc_norm`; such models often have no `norm`.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...utils.errors import CheckpointError
+from ..reading.files import strip_common_prefix
+from ..reading.sources import find_weights, license_of, locate, read_json, read_tensors, tensors_of
+from ..recipe import Plan, Recipe, SourceCheckpoint
+from ..references.vit import ViTForward
+from ..rules import Rule
+from .dino import position_settings
+from .timm_style import (
+    TimmParts,
+    classifier_rules,
+    encoder_rules,
+    encoder_settings,
+    model_name,
+    rows_of,
+)
+
+__all__ = ["RECIPE", "plan_timm", "read_timm", "timm_rules"]
+
+# constructor arguments that change what the model computes, and the values of the model that can be ported
+PLAIN_ARGUMENTS: Mapping[str, tuple[Any, ...]] = {
+    "act_layer": (None, "gelu"),
+    "norm_layer": (None, "layernorm"),
+    "pre_norm": (False,),
+    "pool_include_prefix": (False,),
+    "pos_embed": ("learn",),
+}
+UNPORTED_PARTS = {
+    "norm_pre.weight": "a norm before the first block (pre_norm)",
+    "attn_pool.latent": "attention pooling (global_pool='map')",
+    "blocks.0.attn.norm.weight": "a norm inside the attention (scale_attn_norm)",
+}
+POOLINGS = {"token": "cls", "avg": "mean"}
+RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # PIL's numbers
+
+CITATION = """@misc{rw2019timm,
+  title  = {PyTorch Image Models},
+  author = {Wightman, Ross},
+  year   = {2019},
+  note   = {https://github.com/huggingface/pytorch-image-models}
+}"""
+
+
+def timm_rules(parts: TimmParts) -> tuple[Rule, ...]:
+    """The whole table: encoder, and the classifiers when there are any."""
+    names = [name for name in ("head", "head_dist") if parts.has(f"{name}.weight")]
+    rules = encoder_rules(parts, "ailurus." if names else "")
+    return (*rules, *classifier_rules(names, ["classifier", "distillation_classifier"][: len(names)]))
+
+
+def read_timm(source: str | Path) -> SourceCheckpoint:
+    """Read the weights and, when it is beside them, timm's `config.json`.
+
+    Raises:
+        FileNotFoundError: the source or its weights are missing.
+        CheckpointError: a file is unreadable or unsafe, or holds no state dict.
+    """
+    weights = find_weights(locate(source))
+    content = read_tensors(weights)
+    tensors = strip_common_prefix(tensors_of(content, weights, "model"))
+    config = weights.parent / "config.json"
+    description = read_json(config) if config.is_file() else {}
+    return SourceCheckpoint(weights, tensors, description)
+
+
+def plan_timm(checkpoint: SourceCheckpoint) -> Plan:
+    """Make the plan from the tensors and, where there is one, `config.json`.
+
+    Raises:
+        CheckpointError: the tensors are not those of a plain ViT, a setting is not supported, or neither tells the
+            number of heads or the grid.
+    """
+    parts = TimmParts(frozenset(checkpoint.tensors))
+    arguments = _section(checkpoint, "model_args")
+    pretrained = _section(checkpoint, "pretrained_cfg") or dict(checkpoint.description)
+    _check_plain(checkpoint, parts, arguments)
+    num_labels = rows_of(checkpoint, "head.weight")
+    config = encoder_settings(
+        checkpoint,
+        parts,
+        image_size=_image_size(arguments, pretrained),
+        prefix_positions=0 if arguments.get("no_embed_class") else None,
+        heads=arguments.get("num_heads"),
+    )
+    config |= position_settings(antialias=True)
+    config["pooling"] = _pooling(checkpoint, config, arguments)
+    if num_labels is not None:
+        config |= {"num_labels": num_labels, "use_distillation_classifier": parts.has("head_dist.weight")}
+    classifiers = tuple(name for name in ("head", "head_dist") if parts.has(f"{name}.weight"))
+    return Plan(
+        config=config,
+        rules=timm_rules(parts),
+        processor=_processor(pretrained, classify=num_labels is not None),
+        model_class=model_name(num_labels),
+        reference=ViTForward(config, antialias=True, classifiers=classifiers),
+        output="logits" if classifiers else "last_hidden_state",
+        recorded={"logits": "logits"} if classifiers else {"tokens": "last_hidden_state", "logits": "pooler_output"},
+        license=_license(checkpoint, pretrained),
+    )
+
+
+def _check_plain(checkpoint: SourceCheckpoint, parts: TimmParts, arguments: Mapping[str, Any]) -> None:
+    for name, what in UNPORTED_PARTS.items():
+        if parts.has(name):
+            raise CheckpointError(f"{checkpoint.weights_path} has {what}, which cannot be ported")
+    for name, values in PLAIN_ARGUMENTS.items():
+        if name in arguments and arguments[name] not in values:
+            raise CheckpointError(f"config.json: model_args.{name} must be one of {values}, got {arguments[name]!r}")
+
+
+def _pooling(checkpoint: SourceCheckpoint, config: Mapping[str, Any], arguments: Mapping[str, Any]) -> str | None:
+    named = arguments.get("global_pool", checkpoint.description.get("global_pool"))
+    if named in POOLINGS:
+        return POOLINGS[named]
+    if named and "head.weight" in checkpoint.tensors:
+        raise CheckpointError(f"config.json: global_pool must be 'token' or 'avg', got {named!r}")
+    return "mean" if config["use_pooler_norm"] or not config["use_cls_token"] else "cls"
+
+
+def _image_size(arguments: Mapping[str, Any], pretrained: Mapping[str, Any]) -> list[int] | None:
+    """The trained (height, width) in pixels; `None` when the config does not say."""
+    size = arguments.get("img_size")
+    if size is None and isinstance(pretrained.get("input_size"), list):
+        size = pretrained["input_size"][1:]
+    sides = [size, size] if isinstance(size, int) else size
+    if sides is None:
+        return None
+    if not isinstance(sides, list) or len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise CheckpointError(f"config.json: img_size must be a number or [height, width], got {size!r}")
+    return sides
+
+
+def _processor(pretrained: Mapping[str, Any], classify: bool) -> dict[str, Any]:
+    """Normalisation and, for classifiers, timm's evaluation: resize the shorter side, then cut out the middle."""
+    processor: dict[str, Any] = {
+        "image_mean": _numbers(pretrained, "mean"),
+        "image_std": _numbers(pretrained, "std"),
+    }
+    size = pretrained.get("input_size")
+    if classify and isinstance(size, list) and len(size) == 3:
+        shortest = math.floor(min(size[1:]) / float(pretrained.get("crop_pct") or 0.875))
+        processor |= {
+            "do_resize": True,
+            "size": {"shortest_edge": shortest},
+            "resample": RESAMPLING.get(str(pretrained.get("interpolation")), 3),
+            "do_center_crop": True,
+            "crop_size": {"height": size[1], "width": size[2]},
+        }
+    return processor
+
+
+def _numbers(pretrained: Mapping[str, Any], name: str) -> list[float]:
+    values = pretrained.get(name, [0.5, 0.5, 0.5])
+    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+        raise CheckpointError(f"config.json: {name} must be a list of numbers, got {values!r}")
+    return [float(value) for value in values]
+
+
+def _license(checkpoint: SourceCheckpoint, pretrained: Mapping[str, Any]) -> str | None:
+    named = pretrained.get("license")
+    return named if isinstance(named, str) else license_of(checkpoint.weights_path.parent)
+
+
+def _section(checkpoint: SourceCheckpoint, name: str) -> dict[str, Any]:
+    section = checkpoint.description.get(name) or {}
+    if not isinstance(section, dict):
+        raise CheckpointError(f"config.json: {name} must be an object, got {section!r}")
+    return section
+
+
+RECIPE = Recipe(
+    title="timm",
+    url="https://github.com/huggingface/pytorch-image-models",
+    citation=CITATION,
+    read=read_timm,
+    plan=plan_timm,
+)

@@ -1,0 +1,254 @@
+"""What checkpoints with timm's names (`blocks.0.attn.qkv.weight`, ...) share: timm, DINO, DINOv2, MAE, Segmenter.
+
+The tensors tell nearly everything: sizes, which tokens there are, LayerScale, biases, heads. What they cannot tell
+(number of attention heads, a grid that is not square, epsilon, how positions are resized) the recipe must know.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...utils.errors import CheckpointError
+from ..recipe import SourceCheckpoint
+from ..rules import Rename, Rule, SplitRows, match
+
+__all__ = ["IMAGENET", "TimmParts", "block_rules", "count_blocks", "encoder_rules", "encoder_settings", "model_name"]
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+PUBLISHED_HEADS = {
+    192: 3,
+    384: 6,
+    512: 8,
+    640: 10,
+    768: 12,
+    1024: 16,
+    1152: 16,
+    1280: 16,
+    1408: 16,
+    1536: 24,
+    1664: 16,
+}  # width of the tokens -> attention heads, in the ViTs that timm, DINO, DINOv2 and MAE publish
+
+
+@dataclass(frozen=True)
+class TimmParts:
+    """Which optional parts a checkpoint has, read off its tensor names.
+
+    Args:
+        prefix: what precedes each name of the encoder, such as "backbone." or "".
+        register_name: what the register tokens are called, "reg_token" (timm) or "register_tokens" (DINOv2).
+        chunked: whether blocks are numbered twice, `blocks.<chunk>.<block>` (DINOv2 trained with FSDP).
+    """
+
+    keys: frozenset[str]
+    prefix: str = ""
+    register_name: str = "reg_token"
+    chunked: bool = False
+
+    @property
+    def block(self) -> str:
+        """The pattern of a block's names."""
+        return self.prefix + ("blocks.{chunk}.{layer}" if self.chunked else "blocks.{layer}")
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name (without the prefix)."""
+        return self.prefix + name in self.keys
+
+    def block_has(self, name: str) -> bool:
+        """Whether some block has a tensor of this name."""
+        rule = Rename(f"{self.block}.{name}", "")
+        return any(match(rule, key) is not None for key in self.keys)
+
+
+def block_rules(block: str, layer: str, layer_scale: bool = False, qk_norm: bool = False) -> tuple[Rule, ...]:
+    """The rules of one block's attention, norms and, where wanted, LayerScale and query and key norms; not the MLP.
+
+    Args:
+        block: pattern of the source's block, such as "blocks.{layer}".
+        layer: the model's layer, such as "ailurus.layers.{layer}".
+    """
+    qkv = tuple(f"{layer}.attention.{name}_proj.{{param}}" for name in "qkv")
+    rules: tuple[Rule, ...] = (
+        Rename(f"{block}.norm1.{{param:weight|bias}}", f"{layer}.layernorm_before.{{param}}"),
+        SplitRows(f"{block}.attn.qkv.{{param:weight|bias}}", qkv),
+        Rename(f"{block}.attn.proj.{{param:weight|bias}}", f"{layer}.attention.o_proj.{{param}}"),
+        Rename(f"{block}.norm2.{{param:weight|bias}}", f"{layer}.layernorm_after.{{param}}"),
+    )
+    if layer_scale:
+        rules += tuple(Rename(f"{block}.ls{i}.gamma", f"{layer}.layer_scale{i}.lambda1") for i in (1, 2))
+    if qk_norm:
+        names = "{name:q_norm|k_norm}.{param:weight|bias}"
+        rules += (Rename(f"{block}.attn.{names}", f"{layer}.attention.{{name}}.{{param}}"),)
+    return rules
+
+
+def mlp_rules(block: str, layer: str, gated: bool = False) -> tuple[Rule, ...]:
+    """The rules of one block's MLP; the rows of DINOv2's fused `w12` are the gate, then the value."""
+    if not gated:
+        return (Rename(f"{block}.mlp.{{fc:fc1|fc2}}.{{param:weight|bias}}", f"{layer}.mlp.{{fc}}.{{param}}"),)
+    gate_and_value = tuple(f"{layer}.mlp.{name}_proj.{{param}}" for name in ("gate", "up"))
+    return (
+        SplitRows(f"{block}.mlp.w12.{{param:weight|bias}}", gate_and_value),
+        Rename(f"{block}.mlp.w3.{{param:weight|bias}}", f"{layer}.mlp.down_proj.{{param}}"),
+    )
+
+
+def encoder_rules(parts: TimmParts, target: str) -> tuple[Rule, ...]:
+    """The table of the encoder, with the rules that the parts present need.
+
+    Args:
+        target: what precedes the model's names, "ailurus." in a model with a head, else "".
+    """
+    source, layer = parts.prefix, f"{target}layers.{{layer}}"
+    tokens = {"cls_token": "cls_token", "dist_token": "distillation_token", parts.register_name: "register_tokens"}
+    norms = {"norm": "layernorm", "fc_norm": "pooler_norm"}
+    return (
+        *(Rename(source + name, f"{target}embeddings.{new}") for name, new in tokens.items() if parts.has(name)),
+        Rename(f"{source}pos_embed", f"{target}embeddings.position_embeddings"),
+        Rename(
+            f"{source}patch_embed.proj.{{param:weight|bias}}",
+            f"{target}embeddings.patch_embeddings.projection.{{param}}",
+        ),
+        *block_rules(parts.block, layer, parts.block_has("ls1.gamma"), qk_norm=parts.block_has("attn.q_norm.weight")),
+        *mlp_rules(parts.block, layer, gated=parts.block_has("mlp.w12.weight")),
+        *(
+            Rename(f"{source}{name}.{{param:weight|bias}}", f"{target}{new}.{{param}}")
+            for name, new in norms.items()
+            if parts.has(f"{name}.weight")
+        ),
+    )
+
+
+def encoder_settings(
+    checkpoint: SourceCheckpoint,
+    parts: TimmParts,
+    image_size: Any = None,
+    prefix_positions: int | None = None,
+    heads: Any = None,
+) -> dict[str, Any]:
+    """The fields of `AiluRusConfig` that the tensors tell.
+
+    Args:
+        image_size: (height, width) in pixels or a number, where the source knows; else the grid must be square.
+        prefix_positions: how many rows of the position table belong to class, distillation and register tokens; by
+            default each of them has one.
+        heads: number of attention heads, where the source knows.
+
+    Raises:
+        CheckpointError: a tensor that every ViT has is missing or of another kind, or the grid cannot be told.
+    """
+    patches = _tensor(checkpoint, f"{parts.prefix}patch_embed.proj.weight", ndim=4)
+    hidden_size, num_channels, patch_size, patch_width = patches.shape
+    if patch_size != patch_width:
+        raise CheckpointError(f"patches of {patch_size} x {patch_width} pixels are not supported: they must be square")
+    settings = {
+        "hidden_size": hidden_size,
+        "num_channels": num_channels,
+        "patch_size": patch_size,
+        "num_hidden_layers": count_blocks(checkpoint.tensors, parts.block),
+        "num_attention_heads": num_heads(checkpoint, hidden_size, heads),
+        **_mlp_settings(checkpoint, parts),
+        "patch_bias": parts.has("patch_embed.proj.bias"),
+        "qkv_bias": parts.block_has("attn.qkv.bias"),
+        "use_qk_norm": parts.block_has("attn.q_norm.weight"),
+        "layerscale_value": 1.0 if parts.block_has("ls1.gamma") else None,
+        "use_final_norm": parts.has("norm.weight"),
+        "use_pooler_norm": parts.has("fc_norm.weight"),
+        **_token_settings(checkpoint, parts),
+        "layer_norm_eps": 1e-6,
+    }
+    tokens = settings["use_cls_token"] + settings["use_distillation_token"] + settings["num_register_tokens"]
+    rows = _tensor(checkpoint, f"{parts.prefix}pos_embed", ndim=3).shape[1]
+    settings["num_prefix_positions"] = tokens if prefix_positions is None else prefix_positions
+    size = checkpoint.overrides.get("image_size", image_size)
+    settings["image_size"] = size or _square(rows - settings["num_prefix_positions"], patch_size)
+    return settings
+
+
+def num_heads(checkpoint: SourceCheckpoint, hidden_size: int, told: Any = None) -> int:
+    """The number of attention heads: what the user says, what the source says, or that of published ViTs this wide.
+
+    Raises:
+        CheckpointError: nobody knows.
+    """
+    heads = checkpoint.overrides.get("num_attention_heads", told) or PUBLISHED_HEADS.get(hidden_size)
+    if type(heads) is not int:
+        raise CheckpointError(
+            f"{checkpoint.weights_path} does not tell its number of attention heads, and none is published for tokens "
+            f"{hidden_size} wide; add --set num_attention_heads=N"
+        )
+    return heads
+
+
+def count_blocks(tensors: Mapping[str, Any], block: str) -> int:
+    """The number of blocks of this pattern, with a placeholder {layer}.
+
+    Raises:
+        CheckpointError: there are none, or numbers are left out.
+    """
+    rule = Rename(f"{block}.{{rest:*}}", "")
+    found = {int(values["layer"]) for key in tensors if (values := match(rule, key)) is not None}
+    if not found:
+        raise CheckpointError(f"the checkpoint holds no blocks named {block}")
+    missing = sorted(set(range(min(max(found) + 1, 10_000))) - found)
+    if missing:
+        raise CheckpointError(f"missing in the checkpoint: all of {block.replace('{layer}', str(missing[0]))}")
+    return len(found)
+
+
+def model_name(num_labels: int | None) -> str:
+    """Public name of the model class: with a classifier, or the bare encoder."""
+    return "AiluRusModel" if num_labels is None else "AiluRusForImageClassification"
+
+
+def rows_of(checkpoint: SourceCheckpoint, name: str) -> int | None:
+    """The number of rows of a matrix, such as a classifier's classes; `None` when there is no such tensor."""
+    return _tensor(checkpoint, name, ndim=2).shape[0] if name in checkpoint.tensors else None
+
+
+def _mlp_settings(checkpoint: SourceCheckpoint, parts: TimmParts) -> dict[str, Any]:
+    first = parts.block.format(chunk=0, layer=0)
+    if parts.block_has("mlp.w12.weight"):
+        rows = _tensor(checkpoint, f"{first}.mlp.w12.weight", ndim=2).shape[0]
+        return {"use_swiglu_ffn": True, "intermediate_size": rows // 2}
+    return {"intermediate_size": _tensor(checkpoint, f"{first}.mlp.fc1.weight", ndim=2).shape[0]}
+
+
+def _token_settings(checkpoint: SourceCheckpoint, parts: TimmParts) -> dict[str, Any]:
+    registers = parts.has(parts.register_name)
+    name = parts.prefix + parts.register_name
+    return {
+        "use_cls_token": parts.has("cls_token"),
+        "use_distillation_token": parts.has("dist_token"),
+        "num_register_tokens": _tensor(checkpoint, name, ndim=3).shape[1] if registers else 0,
+    }
+
+
+def _square(rows: int, patch_size: int) -> int:
+    side = math.isqrt(max(rows, 0))
+    if side == 0 or side * side != rows:
+        raise CheckpointError(
+            f"the position table has {rows} rows for patches, which is no square grid; "
+            f"add --set image_size=[HEIGHT,WIDTH] in pixels"
+        )
+    return side * patch_size
+
+
+def _tensor(checkpoint: SourceCheckpoint, name: str, ndim: int) -> torch.Tensor:
+    tensor = checkpoint.tensors.get(name)
+    if tensor is None:
+        raise CheckpointError(f"missing key in the checkpoint: {name}")
+    if tensor.ndim != ndim or 0 in tensor.shape:
+        raise CheckpointError(f"{name} must have {ndim} axes, got shape {tuple(tensor.shape)}")
+    return tensor
+
+
+def classifier_rules(names: Sequence[str], targets: Sequence[str]) -> tuple[Rule, ...]:
+    """The classifiers, named `names` in the source."""
+    return tuple(
+        Rename(f"{name}.{{param:weight|bias}}", f"{target}.{{param}}")
+        for name, target in zip(names, targets, strict=True)
+    )

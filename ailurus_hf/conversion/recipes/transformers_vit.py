@@ -1,0 +1,337 @@
+"""The recipe for plain ViTs of transformers: ViT, DeiT, ViT-MAE, DINOv2 (with registers or not) and I-JEPA.
+
+The source is a folder with `config.json` and weights, whole or in shards, or a name on the Hub. Tensor names are those
+of transformers 4, which nearly all files carry, or of transformers 5. What the native classes do is kept, also where it
+differs from the original projects (positions resized to the exact size; LayerNorm eps of the config, often 1e-12), and
+the result is compared with the native class itself.
+"""
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from ...utils.errors import CheckpointError
+from ..reading.sources import find_weights, license_of, locate, read_json, read_tensors, tensors_of
+from ..recipe import Plan, Recipe, SourceCheckpoint
+from ..rules import Drop, Rename, Rule, SplitRows
+from ..unsupported import refuse_unsupported
+from .dino import position_settings
+from .timm_style import classifier_rules, rows_of
+
+__all__ = ["FAMILIES", "RECIPE", "Family", "plan_transformers", "read_transformers", "transformers_rules"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family of transformers.
+
+    Args:
+        base: the class without a head.
+        prefix: what precedes the encoder's names in a model with a head.
+        classifiers: classifier in the source's names -> the class that has it.
+        pooling: what the classifier looks at.
+        dinov2_names: names of DINOv2's layers, else of ViT's.
+        prefix_positions: rows of the position table before those of the patches: class and distillation token.
+        antialias: whether positions are resized with a filter.
+    """
+
+    base: str
+    prefix: str
+    classifiers: Mapping[str, str]
+    pooling: str = "cls"
+    dinov2_names: bool = False
+    prefix_positions: int = 1
+    antialias: bool = False
+
+
+FAMILIES: Mapping[str, Family] = {  # by model_type
+    "vit": Family("ViTModel", "vit", {"classifier": "ViTForImageClassification"}),
+    "deit": Family(
+        "DeiTModel",
+        "deit",
+        {"classifier": "DeiTForImageClassification", "cls_classifier": "DeiTForImageClassificationWithTeacher"},
+        prefix_positions=2,
+    ),
+    "vit_mae": Family("ViTMAEModel", "vit", {}),
+    "ijepa": Family(
+        "IJepaModel", "ijepa", {"classifier": "IJepaForImageClassification"}, pooling="mean", prefix_positions=0
+    ),
+    "dinov2": Family(
+        "Dinov2Model",
+        "dinov2",
+        {"classifier": "Dinov2ForImageClassification"},
+        pooling="cls_mean",
+        dinov2_names=True,
+    ),
+    "dinov2_with_registers": Family(
+        "Dinov2WithRegistersModel",
+        "dinov2_with_registers",
+        {"classifier": "Dinov2WithRegistersForImageClassification"},
+        pooling="cls_mean",
+        dinov2_names=True,
+        antialias=True,
+    ),
+}
+PROCESSOR_FIELDS = (
+    "do_resize",
+    "size",
+    "resample",
+    "do_center_crop",
+    "crop_size",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+)
+PARAM = "{param:weight|bias}"
+
+
+def transformers_rules(
+    family: Family, version: int, prefix: str, target: str, gated: bool = False, registers: bool = False
+) -> tuple[Rule, ...]:
+    """The whole table.
+
+    Args:
+        version: 4 or 5, the transformers whose names these are.
+        prefix: what precedes the encoder's names, such as "vit." or "".
+        target: what precedes the model's names, "ailurus." in a model with a classifier, else "".
+        gated: whether the MLP is DINOv2's SwiGLU.
+    """
+    block = f"{prefix}encoder.layer.{{layer}}" if version == 4 or family.dinov2_names else f"{prefix}layers.{{layer}}"
+    layer = f"{target}layers.{{layer}}"
+    tokens = [("cls_token", family.prefix_positions > 0), ("distillation_token", family.prefix_positions > 1)]
+    tokens += [("position_embeddings", True), ("register_tokens", registers)]
+    return (
+        *(Rename(f"{prefix}embeddings.{name}", f"{target}embeddings.{name}") for name, there in tokens if there),
+        Rename(
+            f"{prefix}embeddings.patch_embeddings.projection.{PARAM}",
+            f"{target}embeddings.patch_embeddings.projection.{{param}}",
+        ),
+        *_attention_rules(version, block, layer),
+        *_norm_rules(family, block, layer),
+        *_mlp_rules(family, version, block, layer, gated),
+        Rename(f"{prefix}layernorm.{PARAM}", f"{target}layernorm.{{param}}"),
+        Drop(f"{prefix}embeddings.mask_token", "stands for masked patches, used only in pre-training", optional=True),
+        Drop(f"{prefix}pooler.dense.{PARAM}", "a projection of the class token, unused by the heads", optional=True),
+        Drop("decoder.{rest:*}", "the decoder that reconstructs pixels, used only in pre-training", optional=True),
+    )
+
+
+def _attention_rules(version: int, block: str, layer: str) -> tuple[Rule, ...]:
+    if version == 5:
+        names = "{name:q_proj|k_proj|v_proj|o_proj}"
+        return (Rename(f"{block}.attention.{names}.{PARAM}", f"{layer}.attention.{{name}}.{{param}}"),)
+    renamed = {"attention.query": "q_proj", "attention.key": "k_proj", "attention.value": "v_proj"}
+    renamed |= {"output.dense": "o_proj"}
+    return tuple(
+        Rename(f"{block}.attention.{old}.{PARAM}", f"{layer}.attention.{new}.{{param}}") for old, new in renamed.items()
+    )
+
+
+def _norm_rules(family: Family, block: str, layer: str) -> tuple[Rule, ...]:
+    if not family.dinov2_names:
+        names = "{name:layernorm_before|layernorm_after}"
+        return (Rename(f"{block}.{names}.{PARAM}", f"{layer}.{{name}}.{{param}}"),)
+    scales = "{name:layer_scale1|layer_scale2}.lambda1"
+    return (
+        Rename(f"{block}.norm1.{PARAM}", f"{layer}.layernorm_before.{{param}}"),
+        Rename(f"{block}.norm2.{PARAM}", f"{layer}.layernorm_after.{{param}}"),
+        Rename(f"{block}.{scales}", f"{layer}.{{name}}.lambda1"),
+    )
+
+
+def _mlp_rules(family: Family, version: int, block: str, layer: str, gated: bool) -> tuple[Rule, ...]:
+    if gated and version == 4:
+        fused = tuple(f"{layer}.mlp.{name}_proj.{{param}}" for name in ("gate", "up"))
+        return (
+            SplitRows(f"{block}.mlp.weights_in.{PARAM}", fused),
+            Rename(f"{block}.mlp.weights_out.{PARAM}", f"{layer}.mlp.down_proj.{{param}}"),
+        )
+    if gated:
+        names = "{name:gate_proj|up_proj|down_proj}"
+        return (Rename(f"{block}.mlp.{names}.{PARAM}", f"{layer}.mlp.{{name}}.{{param}}"),)
+    if version == 4 and not family.dinov2_names:
+        return (
+            Rename(f"{block}.intermediate.dense.{PARAM}", f"{layer}.mlp.fc1.{{param}}"),
+            Rename(f"{block}.output.dense.{PARAM}", f"{layer}.mlp.fc2.{{param}}"),
+        )
+    return (Rename(f"{block}.mlp.{{name:fc1|fc2}}.{PARAM}", f"{layer}.mlp.{{name}}.{{param}}"),)
+
+
+def read_transformers(source: str | Path) -> SourceCheckpoint:
+    """Read `config.json` and the weights beside it.
+
+    Raises:
+        FileNotFoundError: the source, its weights or `config.json` are missing.
+        CheckpointError: a file is unreadable or unsafe, or of a family that is not ported.
+    """
+    weights = find_weights(locate(source))
+    config = weights.parent / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"no config.json beside {weights}: transformers checkpoints keep their settings there")
+    description = read_json(config)
+    model_type = description.get("model_type")
+    refuse_unsupported(source, model_type=model_type)
+    if str(model_type) not in FAMILIES:
+        raise CheckpointError(f"{config}: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}")
+    if description.get("quantization_config"):
+        raise CheckpointError(f"{config}: quantised weights cannot be converted; convert the full-precision checkpoint")
+    return SourceCheckpoint(weights, tensors_of(read_tensors(weights), weights, "state_dict"), description)
+
+
+def plan_transformers(checkpoint: SourceCheckpoint) -> Plan:
+    """Make the plan from `config.json` and the tensor names.
+
+    Raises:
+        CheckpointError: a setting is not valid or not supported.
+    """
+    family = FAMILIES[checkpoint.description["model_type"]]
+    native = _native_config(checkpoint)
+    classifier = next((name for name in family.classifiers if f"{name}.weight" in checkpoint.tensors), None)
+    config = _settings(native, family) | _label_settings(checkpoint, native, family, classifier)
+    keys = frozenset(checkpoint.tensors)
+    prefix = f"{family.prefix}." if any(key.startswith(f"{family.prefix}.") for key in keys) else ""
+    version = 4 if any(".attention.attention." in key for key in keys) else 5
+    target = "" if classifier is None else "ailurus."
+    rules = transformers_rules(
+        family, version, prefix, target, config["use_swiglu_ffn"], config["num_register_tokens"] > 0
+    )
+    height, width = config["image_size"]
+    return Plan(
+        config=config,
+        rules=rules + _classifier_rules(classifier),
+        processor=_processor(checkpoint.weights_path.parent / "preprocessor_config.json"),
+        model_class="AiluRusModel" if classifier is None else "AiluRusForImageClassification",
+        reference=_native_forward(native, family, classifier),
+        output="last_hidden_state" if classifier is None else "logits",
+        resizes=height == width,  # the native classes take the square root of the number of positions
+        license=license_of(checkpoint.weights_path.parent),
+    )
+
+
+def _native_config(checkpoint: SourceCheckpoint) -> PreTrainedConfig:
+    try:
+        return CONFIG_MAPPING[checkpoint.description["model_type"]].from_dict(dict(checkpoint.description))
+    except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"config.json is not valid: {' '.join(str(error).split())}") from error
+
+
+def _settings(native: PreTrainedConfig, family: Family) -> dict[str, Any]:
+    """The fields of `AiluRusConfig` that the native config tells."""
+    patch_size = _pair(native, "patch_size")
+    if patch_size[0] != patch_size[1]:
+        raise CheckpointError(f"config.json: patch_size must be square, got {patch_size}")
+    gated = bool(getattr(native, "use_swiglu_ffn", False))
+    return {
+        "hidden_size": native.hidden_size,
+        "num_hidden_layers": native.num_hidden_layers,
+        "num_attention_heads": native.num_attention_heads,
+        "intermediate_size": _intermediate_size(native, family, gated),
+        "use_swiglu_ffn": gated,
+        "hidden_act": native.hidden_act,
+        "hidden_dropout_prob": native.hidden_dropout_prob,
+        "attention_probs_dropout_prob": native.attention_probs_dropout_prob,
+        "drop_path_rate": getattr(native, "drop_path_rate", 0.0),
+        "initializer_range": native.initializer_range,
+        "layer_norm_eps": native.layer_norm_eps,
+        "image_size": _pair(native, "image_size"),
+        "patch_size": patch_size[0],
+        "num_channels": native.num_channels,
+        "qkv_bias": native.qkv_bias,
+        "layerscale_value": native.layerscale_value if family.dinov2_names else None,
+        "use_cls_token": family.prefix_positions > 0,
+        "use_distillation_token": family.prefix_positions > 1,
+        "num_register_tokens": getattr(native, "num_register_tokens", 0),
+        **position_settings(antialias=family.antialias),
+    }
+
+
+def _label_settings(
+    checkpoint: SourceCheckpoint, native: PreTrainedConfig, family: Family, classifier: str | None
+) -> dict[str, Any]:
+    if classifier is None:
+        return {}
+    num_labels = rows_of(checkpoint, f"{classifier}.weight")
+    settings: dict[str, Any] = {
+        "num_labels": num_labels,
+        "pooling": family.pooling,
+        "use_distillation_classifier": classifier == "cls_classifier",
+    }
+    if len(native.id2label or {}) == num_labels:
+        settings |= {"id2label": dict(native.id2label), "label2id": dict(native.label2id)}
+    return settings
+
+
+def _classifier_rules(classifier: str | None) -> tuple[Rule, ...]:
+    if classifier is None:
+        return ()
+    if classifier == "cls_classifier":
+        return classifier_rules([classifier, "distillation_classifier"], ["classifier", "distillation_classifier"])
+    return classifier_rules([classifier], ["classifier"])
+
+
+def _intermediate_size(native: PreTrainedConfig, family: Family, gated: bool) -> int:
+    if not family.dinov2_names:
+        return int(native.intermediate_size)
+    hidden = int(native.hidden_size * native.mlp_ratio)
+    return (int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden
+
+
+def _pair(native: PreTrainedConfig, name: str) -> list[int]:
+    value = getattr(native, name)
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def _processor(path: Path) -> dict[str, Any]:
+    """The native preprocessing; ImageNet's old spelling `size: 224` is a square."""
+    if not path.is_file():
+        return {}
+    settings = {name: value for name, value in read_json(path).items() if name in PROCESSOR_FIELDS}
+    for name in ("size", "crop_size"):
+        if isinstance(side := settings.get(name), int):
+            settings[name] = {"height": side, "width": side}
+    return settings
+
+
+def _native_forward(
+    native: PreTrainedConfig, family: Family, classifier: str | None
+) -> Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]:
+    """The native class on the same tensors, with nothing masked."""
+    name = family.base if classifier is None else family.classifiers[classifier]
+    config = deepcopy(native)
+    if hasattr(config, "mask_ratio"):
+        config.mask_ratio = 0.0
+
+    def forward(tensors: Mapping[str, torch.Tensor], pixel_values: torch.Tensor) -> torch.Tensor:
+        model = getattr(transformers, name).from_pretrained(
+            None, config=deepcopy(config), state_dict=dict(tensors), dtype=pixel_values.dtype
+        )
+        arguments: dict[str, Any] = {}
+        if not family.dinov2_names:  # those resize always
+            arguments["interpolate_pos_encoding"] = list(pixel_values.shape[-2:]) != _pair(native, "image_size")
+        if hasattr(config, "mask_ratio"):
+            patch_height, patch_width = _pair(native, "patch_size")
+            num_patches = pixel_values.shape[-2] // patch_height * (pixel_values.shape[-1] // patch_width)
+            arguments["noise"] = torch.arange(num_patches).expand(len(pixel_values), -1)  # keeps the patches' order
+        output = model(pixel_values, **arguments)
+        result: torch.Tensor = output.last_hidden_state if classifier is None else output.logits
+        return result
+
+    return forward
+
+
+RECIPE = Recipe(
+    title="transformers",
+    url="https://github.com/huggingface/transformers",
+    citation="",
+    read=read_transformers,
+    plan=plan_transformers,
+)

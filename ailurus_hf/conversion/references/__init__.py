@@ -1,0 +1,1 @@
+"""Other projects' forward passes, written from their formulas, for verification."""

@@ -1,0 +1,230 @@
+"""Labelled pictures on disk, in the layouts of common data sets, and from Hugging Face `datasets`.
+
+A source is a sequence of `LabelledImage`: `len(source)`, `source[index]`. Nothing is read before it is asked for.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .images import read_image
+from .label_maps import label_array, pair_files, read_labels
+from .labelled import LabelledImage, LabelRule
+
+__all__ = ["CITYSCAPES_CLASSES", "HubSegmentation", "SegmentationFolder", "open_layout"]
+
+# Name, id in the *_labelIds.png files and colour of the 19 classes of evaluation, in the order of their train ids
+# (Cordts et al., CVPR 2016, and the data set's own scripts).
+CITYSCAPES_CLASSES: tuple[tuple[str, int, tuple[int, int, int]], ...] = (
+    ("road", 7, (128, 64, 128)), ("sidewalk", 8, (244, 35, 232)), ("building", 11, (70, 70, 70)),
+    ("wall", 12, (102, 102, 156)), ("fence", 13, (190, 153, 153)), ("pole", 17, (153, 153, 153)),
+    ("traffic light", 19, (250, 170, 30)), ("traffic sign", 20, (220, 220, 0)), ("vegetation", 21, (107, 142, 35)),
+    ("terrain", 22, (152, 251, 152)), ("sky", 23, (70, 130, 180)), ("person", 24, (220, 20, 60)),
+    ("rider", 25, (255, 0, 0)), ("car", 26, (0, 0, 142)), ("truck", 27, (0, 0, 70)), ("bus", 28, (0, 60, 100)),
+    ("train", 31, (0, 80, 100)), ("motorcycle", 32, (0, 0, 230)), ("bicycle", 33, (119, 11, 32)),
+)  # fmt: skip
+ADE20K_NUM_CLASSES = 150
+LABEL_COLUMNS = ("annotation", "label", "labels", "mask", "semantic_segmentation", "segmentation_mask")
+
+
+class SegmentationFolder(Sequence[LabelledImage]):
+    """Pictures and label maps on disk.
+
+    Args:
+        pairs: (picture, label map) files.
+        rule: how the numbers in the label files become classes.
+        id2label: names of the classes, where the data set brings them.
+        palette: colours of the classes, red, green, blue from 0 to 255.
+
+    Raises:
+        FileNotFoundError: there are no pairs.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Path, Path]],
+        rule: LabelRule | None = None,
+        id2label: Mapping[int, str] | None = None,
+        palette: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        if not pairs:
+            raise FileNotFoundError("there are no pictures with labels to read")
+        self.pairs = list(pairs)
+        self.rule = rule or LabelRule()
+        self.id2label = dict(id2label) if id2label else None
+        self.palette = [list(colour) for colour in palette] if palette else None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> LabelledImage:  # type: ignore[override]  # no slices
+        """Read one sample.
+
+        Raises:
+            ImageFileError: the picture or the label map is damaged or no picture.
+            ValueError: their sizes differ, or a label is outside the classes.
+        """
+        picture, label_file = self.pairs[index]
+        image, labels = read_image(picture), read_labels(label_file)
+        _check_size(image, labels, picture, label_file)
+        return LabelledImage(image, self.rule(labels, str(label_file)), str(label_file))
+
+    @classmethod
+    def camvid(cls, root: str | Path, split: str = "train") -> "SegmentationFolder":
+        """ROOT/SPLIT/images/NAME.jpg with ROOT/SPLIT/labels/NAME.png.
+
+        ROOT/classes.json may hold `id2label`, `palette` and `ignore_index`; without it labels go unchecked and 255 is
+        ignored.
+        """
+        folder = _existing(Path(root) / split)
+        classes = _read_classes(Path(root) / "classes.json")
+        names = {int(index): name for index, name in classes.get("id2label", {}).items()} or None
+        rule = LabelRule(len(names) if names else None, classes.get("ignore_index", 255))
+        return cls(pair_files(folder / "images", folder / "labels"), rule, names, classes.get("palette"))
+
+    @classmethod
+    def ade20k(cls, root: str | Path, split: str = "training") -> "SegmentationFolder":
+        """ADEChallengeData2016: ROOT/images/SPLIT/NAME.jpg with ROOT/annotations/SPLIT/NAME.png, 150 classes.
+
+        Label 0, "other", is ignored; the other labels go down by 1. Names come from ROOT/objectInfo150.txt.
+        """
+        images, labels = Path(root) / "images" / split, Path(root) / "annotations" / split
+        rule = LabelRule(ADE20K_NUM_CLASSES, reduce_labels=True)
+        return cls(pair_files(_existing(images), _existing(labels)), rule, _ade20k_names(Path(root)))
+
+    @classmethod
+    def cityscapes(cls, root: str | Path, split: str = "train") -> "SegmentationFolder":
+        """ROOT/leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png with ROOT/gtFine/SPLIT/CITY/NAME_gtFine_labelIds.png.
+
+        19 classes of evaluation; everything else is ignored. Files *_gtFine_labelTrainIds.png are used where there are
+        no *_labelIds.png.
+        """
+        images, labels = (_existing(Path(root) / kind / split) for kind in ("leftImg8bit", "gtFine"))
+        train_ids = not any(labels.glob("*/*_gtFine_labelIds.png"))
+        suffix = "_gtFine_labelTrainIds.png" if train_ids else "_gtFine_labelIds.png"
+        pairs = _city_pairs(images, labels, suffix)
+        label_ids = None if train_ids else {number: train for train, (_, number, _) in enumerate(CITYSCAPES_CLASSES)}
+        rule = LabelRule(len(CITYSCAPES_CLASSES), label_ids=label_ids)
+        names = {index: name for index, (name, _, _) in enumerate(CITYSCAPES_CLASSES)}
+        return cls(pairs, rule, names, [colour for _, _, colour in CITYSCAPES_CLASSES])
+
+
+LAYOUTS = {
+    "camvid": (SegmentationFolder.camvid, ("train", "val")),
+    "ade20k": (SegmentationFolder.ade20k, ("training", "validation")),
+    "cityscapes": (SegmentationFolder.cityscapes, ("train", "val")),
+}
+
+
+def open_layout(root: str | Path, layout: str = "camvid") -> tuple[SegmentationFolder, SegmentationFolder]:
+    """Training and validation split of a data set on disk.
+
+    Args:
+        root: its folder.
+        layout: "camvid" (any data set in split/images and split/labels), "ade20k" or "cityscapes".
+
+    Raises:
+        ValueError: the layout is unknown.
+        FileNotFoundError: a folder or a label file is missing.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    read, (train, validation) = LAYOUTS[layout]
+    return read(root, train), read(root, validation)
+
+
+class HubSegmentation(Sequence[LabelledImage]):
+    """Rows of a Hugging Face `datasets.Dataset` with a picture and a label map.
+
+    Args:
+        dataset: a map-style dataset, one split.
+        rule: how its numbers become classes.
+        image_column: column of the pictures.
+        label_column: column of the label maps (pictures of class ids, or arrays); None looks for a usual name.
+
+    Raises:
+        ValueError: there is no such column, or the dataset is empty.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        rule: LabelRule | None = None,
+        image_column: str = "image",
+        label_column: str | None = None,
+    ) -> None:
+        columns = list(dataset.column_names)
+        if label_column is None:
+            label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
+        for role, column in (("image_column", image_column), ("label_column", label_column)):
+            if column not in columns:
+                raise ValueError(f"{role} must be one of the dataset's columns {columns}, got {column!r}")
+        if not len(dataset):
+            raise ValueError("the dataset is empty")
+        self.dataset, self.rule = dataset, rule or LabelRule()
+        self.image_column, self.label_column = image_column, label_column
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> LabelledImage:  # type: ignore[override]  # no slices
+        """Decode one row; errors as in `SegmentationFolder`."""
+        name = f"row {index}"
+        row = self.dataset[int(index)]
+        image = row[self.image_column].convert("RGB")
+        labels = label_array(row[self.label_column], name)
+        _check_size(image, labels, name, name)
+        return LabelledImage(image, self.rule(labels, name), name)
+
+
+def _check_size(image: Image.Image, labels: np.ndarray, picture: str | Path, label_file: str | Path) -> None:
+    if labels.shape != (image.height, image.width):
+        raise ValueError(
+            f"{label_file} is {labels.shape[1]} x {labels.shape[0]} pixels, but its picture {picture} is "
+            f"{image.width} x {image.height}; they must have the same size"
+        )
+
+
+def _existing(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; check the data set's root, layout and split")
+    return folder
+
+
+def _read_classes(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        classes = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not a readable JSON file: {error}") from error
+    if not isinstance(classes, dict):
+        raise ValueError(f"{file} must hold a JSON object with id2label, got {type(classes).__name__}")
+    return classes
+
+
+def _ade20k_names(root: Path) -> dict[int, str] | None:
+    """First synonym of every class from the table `Idx Ratio Train Val Name`, separated by tabs."""
+    file = root / "objectInfo150.txt"
+    if not file.is_file():
+        return None
+    rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()[1:] if line.strip()]
+    return {int(row[0]) - 1: row[-1].split(",")[0].strip() for row in rows}
+
+
+def _city_pairs(images: Path, labels: Path, suffix: str) -> list[tuple[Path, Path]]:
+    pictures = sorted(images.glob("*/*_leftImg8bit.png"))
+    if not pictures:
+        raise FileNotFoundError(f"{images} holds no CITY/*_leftImg8bit.png")
+    pairs = [
+        (picture, labels / picture.parent.name / picture.name.replace("_leftImg8bit.png", suffix))
+        for picture in pictures
+    ]
+    missing = [str(label) for _, label in pairs if not label.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} label files are missing, such as {', '.join(missing[:3])}")
+    return pairs

@@ -1,0 +1,1 @@
+"""The pieces `ailurus_hf.demo.scenes` draws a street from."""

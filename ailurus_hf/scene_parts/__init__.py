@@ -1,1 +1,0 @@
-"""The pieces `ailurus_hf.scenes` draws a street from."""
