@@ -22,7 +22,9 @@ _PUBLIC = {
     "convert_checkpoint": "conversion",
     "remove_ailurus": "adapters",
     "save_with_code": "hub",
+    "register_grouping": "modeling.reduction",
     "supported_families": "adapters",
+    "with_budget": "budget",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from .adapters import apply_ailurus as apply_ailurus
     from .adapters import remove_ailurus as remove_ailurus
     from .adapters import supported_families as supported_families
+    from .budget import with_budget as with_budget
     from .conversion import convert_checkpoint as convert_checkpoint
     from .hub.remote_code import save_with_code as save_with_code
     from .modeling.configuration_ailurus import AiluRusConfig as AiluRusConfig
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
         AiluRusSegformerForSemanticSegmentation as AiluRusSegformerForSemanticSegmentation,
     )
     from .modeling.modeling_ailurus_segformer import AiluRusSegformerModel as AiluRusSegformerModel
+    from .modeling.reduction import register_grouping as register_grouping
 
 
 def __getattr__(name: str) -> Any:

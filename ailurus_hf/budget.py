@@ -1,73 +1,135 @@
-"""The share of tokens that a model keeps, for as long as it takes."""
+"""How many tokens a model keeps: for one block of code, or from now on.
+
+The settings stand in the configuration of each encoder that merges: own models have them as fields, models changed by
+`apply_ailurus` in `config.ailurus`. A model can hold several such encoders, as a backbone inside a depth estimator or
+the towers of a larger model; all of them are found, and treated alike.
+"""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["has_keep_ratio", "keep_ratio_of", "set_keep_ratio", "temporary_keep_ratio"]
+from torch import nn
+
+from .adapters.controller import controllers_of
+from .modeling.settings import HINTS, AdaptiveResolutionMixin, make_settings, override, overrides_of, with_overrides
+
+__all__ = ["has_budget", "keep_ratio_of", "set_keep_ratio", "with_budget"]
 
 
-def has_keep_ratio(model: Any) -> bool:
-    """Whether there is a share of tokens to set: the model is of this package, or changed by `apply_ailurus`."""
-    config = getattr(getattr(model, "module", model), "config", None)
-    return hasattr(config, "keep_ratio") or isinstance(getattr(config, "ailurus", None), dict)
+@dataclass(frozen=True)
+class _Owner:
+    """A configuration that keeps settings of adaptive resolution.
 
-
-def keep_ratio_of(model: Any) -> float:
-    """The share of tokens that the model keeps."""
-    ratio: float = _settings(model)["keep_ratio"]
-    return ratio
-
-
-def set_keep_ratio(model: Any, keep_ratio: float) -> None:
-    """Set the share of tokens kept from the next forward on; an exact count, which would win over it, is cleared.
-
-    Args:
-        model: a model of this package, one changed by `apply_ailurus`, or either inside a wrapper that hands on
-            attributes, such as peft's.
-        keep_ratio: above 0 and at most 1.
-
-    Raises:
-        TypeError: the model has no such setting.
+    Attributes:
+        config: this package's own, or that of a model of transformers with the entry `ailurus`.
+        adapted: whether it is the latter.
     """
-    _set(model, {"num_clusters": None, "keep_ratio": keep_ratio})
+
+    config: Any
+    adapted: bool
+
+    def stored(self) -> AdaptiveResolutionMixin:
+        """The settings as they stand in the configuration."""
+        settings: AdaptiveResolutionMixin = make_settings(self.config.ailurus) if self.adapted else self.config
+        return settings
+
+    def current(self) -> AdaptiveResolutionMixin:
+        """The settings that a forward would use that began here."""
+        return with_overrides(self.stored(), overrides_of(self.config)) if self.adapted else self.config.current()
+
+    def knows(self, name: str) -> bool:
+        return name in HINTS or hasattr(self.stored(), name)
+
+    def overridden(self, overrides: dict[str, Any]) -> Any:
+        # An own model that brought its code has a module of settings of its own, which its configuration leads to.
+        return override(self.config, overrides) if self.adapted else self.config.overridden(**overrides)
+
+    def store(self, changes: dict[str, Any]) -> None:
+        changes = {name: value for name, value in changes.items() if self.knows(name)}
+        if self.adapted:
+            self.config.ailurus.update(changes)
+        else:
+            for name, value in changes.items():
+                setattr(self.config, name, value)
+
+
+def has_budget(model: nn.Module) -> bool:
+    """Whether the model merges tokens: it is of this package or changed by `apply_ailurus`, or holds one that is."""
+    return bool(_owners(model))
 
 
 @contextmanager
-def temporary_keep_ratio(model: Any, keep_ratio: float | None) -> Iterator[None]:
-    """Within the block the model keeps this share of its tokens; None leaves it as it is."""
-    if keep_ratio is None:
+def with_budget(model: nn.Module, **settings: Any) -> Iterator[None]:
+    """Within the block the model's forwards use these settings in the place of its own.
+
+    Holds for this thread or asyncio task only, so that several can use one model with budgets of their own, and writes
+    to no configuration. Works on own models, on models changed by `apply_ailurus`, and on whatever wraps or holds some:
+    PEFT, compiled models, DistributedDataParallel, own backbones inside other models. Blocks nest: a setting of the
+    inner one wins. `torch.nn.DataParallel` runs its replicas in other threads, which see none of it.
+
+    Args:
+        model: the model.
+        settings: any setting of adaptive resolution, such as `keep_ratio=0.25`, `num_clusters`, `stage_keep_ratios`,
+            `grouping`, `cluster_layer`; a `keep_ratio` takes the place of exact numbers that the model or an outer
+            block has. Or what a method takes beside them, for the images of the block's forwards: `protect`
+            (batch_size, N) bool, `importance` (batch_size, N) float, `seed`.
+
+    Raises:
+        TypeError: the model merges no tokens, or none of its encoders has such a setting.
+        ValueError: a setting is out of range or of the wrong type.
+    """
+    owners = _merging(model)
+    for name in settings:
+        if not any(owner.knows(name) for owner in owners):
+            raise TypeError(f"{type(model).__name__} has no setting {name!r}")
+    with ExitStack() as stack:
+        for owner in owners:
+            stack.enter_context(owner.overridden({key: value for key, value in settings.items() if owner.knows(key)}))
+            owner.current()  # raises here, not in the middle of a forward
         yield
-        return
-    before = _settings(model)
-    set_keep_ratio(model, keep_ratio)
-    try:
-        yield
-    finally:
-        _set(model, before)
 
 
-def _settings(model: Any) -> dict[str, Any]:
-    config = _config(model)
-    if isinstance(getattr(config, "ailurus", None), dict):
-        return {name: config.ailurus[name] for name in ("num_clusters", "keep_ratio")}
-    return {name: getattr(config, name) for name in ("num_clusters", "keep_ratio")}
+def keep_ratio_of(model: nn.Module) -> float:
+    """The share of tokens that the model keeps here; of several encoders, the first one's.
+
+    Raises:
+        TypeError: the model merges no tokens.
+    """
+    return float(_merging(model)[0].current().keep_ratio)
 
 
-def _set(model: Any, settings: dict[str, Any]) -> None:
-    config = _config(model)
-    if isinstance(getattr(config, "ailurus", None), dict):
-        config.ailurus.update(settings)
-        return
-    for name, value in settings.items():
-        setattr(config, name, value)
+def set_keep_ratio(model: nn.Module, keep_ratio: float) -> None:
+    """Write the share of tokens kept to the configuration of every encoder in the model that merges. Exact numbers,
+    which would win over it, are cleared.
+
+    Args:
+        model: as in `with_budget`.
+        keep_ratio: above 0 and at most 1.
+
+    Raises:
+        TypeError: the model merges no tokens.
+        ValueError: the ratio is out of range.
+    """
+    make_settings({"keep_ratio": keep_ratio})  # before anything is written
+    for owner in _merging(model):
+        owner.store({**dict.fromkeys(owner.stored().exact), "keep_ratio": keep_ratio})
 
 
-def _config(model: Any) -> Any:
-    """Configuration of the model, or of the one inside a wrapper for several processes."""
-    inner = getattr(model, "module", model)
-    if not has_keep_ratio(inner):
-        raise TypeError(
-            f"{type(inner).__name__} has no keep_ratio: load a model of this package, or call apply_ailurus(model)"
-        )
-    return inner.config
+def _owners(model: nn.Module) -> list[_Owner]:
+    """The configurations of all encoders in the model that merge, each once."""
+    configs = [(getattr(module, "config", None), False) for module in model.modules()]
+    # By what it can do: a checkpoint that brought its code has classes of its own.
+    found = [(config, adapted) for config, adapted in configs if hasattr(config, "overridden")]
+    found += [(controller.config, True) for controller in controllers_of(model)]
+    return [_Owner(config, adapted) for config, adapted in {id(owner): (owner, kind) for owner, kind in found}.values()]
+
+
+def _merging(model: nn.Module) -> list[_Owner]:
+    if owners := _owners(model):
+        return owners
+    raise TypeError(
+        f"{type(model).__name__} merges no tokens, so it has no budget: load a model of this package, or call "
+        "apply_ailurus(model)"
+    )

@@ -20,7 +20,7 @@ from huggingface_hub import HfApi
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, HfArgumentParser, get_scheduler
 
-from ailurus_hf.budget import set_keep_ratio, temporary_keep_ratio
+from ailurus_hf.budget import set_keep_ratio, with_budget
 from ailurus_hf.evaluation import ConfusionMatrix
 from ailurus_hf.hub.model_card import CardResult, build_model_card
 from ailurus_hf.training import (
@@ -88,7 +88,7 @@ def train_step(accelerator, model, optimizer, loss, batches):
 def evaluate(accelerator, network, pictures, keep_ratio):
     """Every process takes its share of the pictures, each picture once; the counts are summed."""
     matrix = ConfusionMatrix(network.config.num_labels, pictures.ignore_index)
-    with temporary_keep_ratio(network.eval(), keep_ratio), torch.inference_mode():
+    with with_budget(network.eval(), keep_ratio=keep_ratio), torch.inference_mode():
         for index in range(accelerator.process_index, len(pictures), accelerator.num_processes):
             picture = pictures[index]
             logits = network(picture["pixel_values"][None].to(accelerator.device)).logits

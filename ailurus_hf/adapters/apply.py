@@ -6,7 +6,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .controller import EncoderController, check_settings, controllers_of
+from ..modeling.settings import make_settings
+from .controller import EncoderController, controllers_of
 from .families import FAMILIES, UNSUPPORTED, FamilySpec
 from .map_layers import MapController
 
@@ -32,6 +33,7 @@ def apply_ailurus(
     unfold: str = _KEPT,
     tail_layers: int = _KEPT,
     *,
+    grouping: str = _KEPT,
     family: str | FamilySpec | None = None,
 ) -> nn.Module:
     """Make every known vision encoder in a transformers model run its later layers on fewer tokens.
@@ -46,7 +48,7 @@ def apply_ailurus(
 
     Args:
         model: a model of transformers, or a submodel of one.
-        cluster_layer: number of layers that run on all tokens before the tokens are clustered; 2 by default.
+        cluster_layer: number of layers that run on all tokens before the tokens are grouped; 2 by default.
         keep_ratio: share of patch tokens kept, above 0 and at most 1; at 1 nothing is merged; 0.5 by default. Given
             without `num_clusters`, it clears a stored count, which would win over it.
         num_clusters: exact number of tokens kept; None by default.
@@ -55,6 +57,8 @@ def apply_ailurus(
         spatial_alpha: weight of the feature distance alone, between 0 and 1; 0.9 by default.
         unfold: how the grid comes back, "residual" (default) or "copy".
         tail_layers: number of last layers that run on all tokens again; 0 by default.
+        grouping: which method groups the tokens, "density_peaks" (default), "grid", or one that `register_grouping`
+            added.
         family: name of a family, where only its encoders are to be adapted, or a `FamilySpec`, the row of an encoder
             that the table lacks.
 
@@ -68,6 +72,7 @@ def apply_ailurus(
     """
     config = _config_of(model)
     given = {
+        "grouping": grouping,
         "cluster_layer": cluster_layer,
         "keep_ratio": keep_ratio,
         "num_clusters": num_clusters,
@@ -86,9 +91,9 @@ def apply_ailurus(
     ]
     if not known and not fresh:
         raise ValueError(_nothing_found(model, family))
-    settings = asdict(check_settings(_with_stored(_stored(config, [*known, *fresh]), given)))
+    settings = asdict(make_settings(_with_stored(_stored(config, [*known, *fresh]), given)))
     for controller in [*known, *fresh]:
-        controller.segments(check_settings(settings))  # raises before anything is changed
+        controller.segments(make_settings(settings))  # raises before anything is changed
     _forget_settings(model)
     config.ailurus = settings
     for controller in known:
@@ -170,12 +175,7 @@ def _encoders(model: nn.Module, family: str | FamilySpec | None) -> list[tuple[n
         rows = tuple(row for row in FAMILIES if row.family == family)
         if not rows:
             raise ValueError(f"family must be one of {', '.join(supported_families())}, got {family!r}; {_OWN_ROW}")
-    return [
-        (module, row)
-        for module in model.modules()
-        for row in rows
-        if row.owns(module) and (row is family or row.has_layers(module))
-    ]
+    return [(module, row) for module in model.modules() for row in rows if row.owns(module)]
 
 
 _OWN_ROW = (

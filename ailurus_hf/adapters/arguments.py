@@ -5,7 +5,7 @@ tokens are merged. They travel as *arguments* because gradient checkpointing run
 that surrounded the first run is gone.
 """
 
-import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +16,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..modeling.reduction import Reduction
 from ..modeling.size_weighted_attention import size_weighted_attention
 from .call_state import CallStates
 from .layer_call import LayerCall
-from .sequence import MergedSequence
 
 _PREFIX = "ailurus_"
 # Attention module -> sizes for the attention function that it calls next.
@@ -35,13 +35,11 @@ class MergedArguments:
 
     Attributes:
         each_layer: compute the arguments anew for every layer, from what it is given.
-        extra_arguments: whether layers must take keyword arguments that they do not name.
     """
 
     each_layer: ClassVar[bool] = False
-    extra_arguments: ClassVar[bool] = False
 
-    def compute(self, call: LayerCall, merged: MergedSequence) -> dict[str, Any]:
+    def compute(self, call: LayerCall, merged: Reduction) -> dict[str, Any]:
         """Arguments for all layers of a merged stretch, from the call of its first layer on the full sequence; or for
         one layer, from its own call."""
         return {}
@@ -65,13 +63,11 @@ class KeyBias(MergedArguments):
     adds the sizes, and calls the original.
     """
 
-    extra_arguments: ClassVar[bool] = True
-
     mask: str = "attention_mask"
 
-    def compute(self, call: LayerCall, merged: MergedSequence) -> dict[str, Any]:
+    def compute(self, call: LayerCall, merged: Reduction) -> dict[str, Any]:
         _refuse_mask(call, self.mask)
-        return {"ailurus_key_bias": merged.log_sizes()}
+        return {"ailurus_key_bias": merged.log_sizes}
 
     def install(self, layers: Iterable[nn.Module]) -> None:
         for config in _attention_configs(layers):
@@ -92,8 +88,8 @@ class RelativeKeyBias(KeyBias):
     Masks given by the user are cut the same way.
     """
 
-    def compute(self, call: LayerCall, merged: MergedSequence) -> dict[str, Any]:
-        sizes_and_places = {"ailurus_key_bias": merged.log_sizes(), "ailurus_kept": merged.kept_positions()}
+    def compute(self, call: LayerCall, merged: Reduction) -> dict[str, Any]:
+        sizes_and_places = {"ailurus_key_bias": merged.log_sizes, "ailurus_kept": merged.kept_positions()}
         # The bias is made for the image's grid; interpolating, layers would resize it to the tokens they have.
         return {**sizes_and_places, "interpolate_pos_encoding": False}
 
@@ -107,9 +103,9 @@ class MaskBias(MergedArguments):
 
     argument: str = "attention_mask"
 
-    def compute(self, call: LayerCall, merged: MergedSequence) -> dict[str, Any]:
+    def compute(self, call: LayerCall, merged: Reduction) -> dict[str, Any]:
         _refuse_mask(call, self.argument)
-        return {self.argument: merged.log_sizes()[:, None, None, :].to(call.args[0].dtype)}
+        return {self.argument: merged.log_sizes[:, None, None, :].to(call.args[0].dtype)}
 
     def check(self, layers: Iterable[nn.Module]) -> None:
         for config in _attention_configs(layers):
@@ -129,9 +125,10 @@ class RotaryPositions(MergedArguments):
 
     argument: str = "position_embeddings"
 
-    def compute(self, call: LayerCall, merged: MergedSequence) -> dict[str, Any]:
-        representatives = merged.groups.representatives
-        return {self.argument: tuple(table[representatives][:, None] for table in call.get(self.argument))}
+    def compute(self, call: LayerCall, merged: Reduction) -> dict[str, Any]:
+        assert merged.of_patches is not None  # the tables have rows for patch tokens alone
+        kept = merged.of_patches.kept_positions()
+        return {self.argument: tuple(table[kept][:, None] for table in call.get(self.argument))}
 
 
 def _refuse_mask(call: LayerCall, name: str) -> None:
@@ -151,41 +148,6 @@ def _attention_configs(layers: Iterable[nn.Module]) -> Iterator[Any]:
             if getattr(config, "_attn_implementation", None) is not None and id(config) not in seen:
                 seen.add(id(config))
                 yield config
-
-
-def announce_sizes(layer: nn.Module, sizes: Tensor) -> None:
-    """Have the attention function find the sizes, for layers that take no argument that could carry them."""
-    for module in _with_config(layer):
-        INNER_SIZES.set(module, sizes)
-
-
-def announced_sizes(layer: nn.Module) -> Tensor | None:
-    """The sizes that `announce_sizes` left for this layer and nobody took yet, or None."""
-    return next((sizes for module in _with_config(layer) if (sizes := INNER_SIZES.get(module)) is not None), None)
-
-
-def forget_sizes(layer: nn.Module) -> bool:
-    """End what `announce_sizes` began; whether the sizes were taken."""
-    left = [INNER_SIZES.take(module) is not None for module in _with_config(layer)]
-    return not all(left)
-
-
-def take_back_sizes(layer: nn.Module) -> None:
-    """End what `announce_sizes` began.
-
-    Raises:
-        RuntimeError: no attention function of transformers' interface asked for the sizes.
-    """
-    if not forget_sizes(layer):
-        raise RuntimeError(
-            f"{type(layer).__name__} did not learn the sizes of its merged tokens: it takes no keyword arguments, and "
-            "its attention does not go through transformers' attention interface; give its row another `bias`"
-        )
-
-
-def _with_config(layer: nn.Module) -> list[nn.Module]:
-    """Modules that can call the attention function, whose name is in their configuration."""
-    return [module for module in layer.modules() if hasattr(module, "config")]
 
 
 def _register(implementation: str) -> str:
@@ -218,9 +180,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function `implementation`, with keys weighed by (batch_size, num_tokens) logarithms of sizes, and
     the mask between pairs of tokens cut to those at `ailurus_kept` (batch_size, num_tokens)."""
-    # Unlike the others, the eager function has no name in the interface: every model file has its own.
-    eager = inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
-    attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _eager_function(module))
     if ailurus_key_bias is None:
         ailurus_key_bias = INNER_SIZES.take(module)
     if ailurus_key_bias is None:
@@ -232,6 +192,13 @@ def _attention(
     # Layers that look at several windows at once have joined their sequences, and so are the sizes.
     sizes = ailurus_key_bias.reshape(key.shape[0], key.shape[2])
     return size_weighted_attention(attention, implementation, module, query, key, value, sizes, **kwargs)
+
+
+def _eager_function(module: nn.Module) -> Callable[..., Any] | None:
+    """The eager attention of the module's model. Unlike the others it has no name in the interface: every file of
+    transformers that defines an attention module defines one."""
+    files = (sys.modules[base.__module__] for base in type(module).__mro__)
+    return next((file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward")), None)
 
 
 def rows_and_columns(mask: Tensor, kept: Tensor) -> Tensor:

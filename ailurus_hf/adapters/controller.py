@@ -1,7 +1,7 @@
 """The hooks that make one encoder adaptive.
 
 A forward goes through them in this order: the patch embedding's hook opens a `CallState` with the grid; before the
-first layer of a merged stretch the tokens are clustered and merged; before every layer of it the call gets the
+first layer of a merged stretch the tokens are grouped and merged; before every layer of it the call gets the
 arguments that go with merged tokens; after the last, the grid is unfolded; where the encoder hands out its hidden
 states, those recorded inside the stretch are unfolded too, and the state is dropped.
 
@@ -10,22 +10,20 @@ model itself: the controller is found through its hooks.
 """
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from ..modeling.configuration_ailurus import AdaptiveResolutionMixin, AdaptiveResolutionSettings
-from .arguments import announce_sizes, forget_sizes, take_back_sizes
+from ..modeling.reduction import Reduction, ReductionContext, hints_of, merge_places, reduce_sequence
+from ..modeling.settings import AdaptiveResolutionMixin, make_settings, overrides_of, with_overrides
 from .call_state import CallStates
-from .checkpointing import keep_hooks_outside, put_hooks_back
 from .families import FamilySpec
-from .layer_call import LayerCall, positional_parameters, takes_extra_arguments
-from .sequence import MergedSequence, merge_sequence, unfold_sequence
+from .layer_call import LayerCall, positional_parameters
 
 _STATES = CallStates("ailurus_adapters")
 _HOOK_TABLES = (
@@ -43,15 +41,17 @@ class Stretch:
 
     Attributes:
         layers: their indices.
-        merged: what brings the full sequence back.
         inputs: hidden states before merging, (batch_size, T, hidden_size).
+        reduction: what brings the full sequence back now; a method may merge more than once.
         arguments: what every layer of the stretch is given.
+        by_layer: the reduction that each layer ran on.
     """
 
     layers: range
-    merged: MergedSequence
     inputs: Tensor
+    reduction: Reduction
     arguments: dict[str, Any]
+    by_layer: dict[int, Reduction] = field(default_factory=dict)
 
 
 @dataclass
@@ -64,6 +64,7 @@ class CallState:
         segments: the stretches of layers that are to run on merged tokens.
         order: see `FamilySpec.order`.
         tables: see `FamilySpec.tables`.
+        previous: input of the layer that ran last, (batch_size, T, hidden_size).
         stretches: those that were merged so far.
         current: the one that is running.
     """
@@ -73,6 +74,7 @@ class CallState:
     segments: Sequence[range]
     order: Tensor | None = None
     tables: Tensor | None = None
+    previous: Tensor | None = None
     stretches: list[Stretch] = field(default_factory=list)
     current: Stretch | None = None
 
@@ -96,11 +98,8 @@ class EncoderController:
         self.patches, self.taps = self._find(*spec.patches), self._find(spec.taps)
         spec.bias.check(self.layers)
         self.parameters = positional_parameters(self.layers[0])
-        # Before transformers 5.23 some layers take nothing beside the hidden states; their attention finds the sizes.
-        self.announces = spec.bias.extra_arguments and not takes_extra_arguments(self.layers[0])
-        self.choose: Any = None  # another way to choose the groups than clustering, see `merge_sequence`
         self._given: dict[str, Any] = {}
-        self._settings: AdaptiveResolutionMixin = AdaptiveResolutionSettings()
+        self._settings = make_settings({})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "EncoderController":
         """A copy for a copy of the encoder. A copied part of the encoder, as PEFT makes them, keeps this one."""
@@ -123,7 +122,7 @@ class EncoderController:
 
     @property
     def settings(self) -> AdaptiveResolutionMixin:
-        """The settings of `config.ailurus`, checked whenever they changed.
+        """The settings of a forward that begins here: `config.ailurus`, under those of the contexts around it.
 
         Raises:
             ValueError: one of them is out of range, of the wrong type or unknown.
@@ -131,10 +130,12 @@ class EncoderController:
         # Removing the hooks of another model that shares the configuration takes the entry away.
         given = getattr(self.config, "ailurus", self._given)
         if torch.compiler.is_compiling():
-            return AdaptiveResolutionMixin(**given)  # the same without checks, which cannot be traced
-        if given != self._given:
-            self._settings, self._given = check_settings(given), dict(given)
-        return self._settings
+            stored = make_settings(given)
+        else:
+            if given != self._given:  # checked once, not on every forward
+                self._settings, self._given = make_settings(given), dict(given)
+            stored = self._settings
+        return with_overrides(stored, overrides_of(self.config))
 
     def segments(self, settings: AdaptiveResolutionMixin) -> Sequence[range]:
         """Stretches of layers that run on merged tokens under these settings.
@@ -146,7 +147,7 @@ class EncoderController:
 
     def install(self) -> None:
         """Register the hooks."""
-        self._settings, self._given = check_settings(self.config.ailurus), dict(self.config.ailurus)
+        self._settings, self._given = make_settings(self.config.ailurus), dict(self.config.ailurus)
         self.register_hooks()
         self.owner.register_forward_hook(self.drop_states, always_call=True)
 
@@ -175,13 +176,11 @@ class EncoderController:
                     getattr(module, table).pop(key, None)
         self.spec.bias.remove(self.layers)
         self.spec.positions.remove(self.layers)
-        put_hooks_back(self.layers)
 
     def _prepare_layers(self) -> None:
         """What later changes of the model may undo, so it is done on every forward."""
         self.spec.bias.install(self.layers)
         self.spec.positions.install(self.layers)
-        keep_hooks_outside(self.layers)
 
     def check_pixels(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Hook before the patch embedding: refuse images that hold no patch."""
@@ -228,46 +227,74 @@ class EncoderController:
         state = self._state()
         call = LayerCall(self.parameters, args, kwargs)
         for segment in state.segments:
-            if index == segment.start:
-                call = self._merge(state, segment, call)
-            elif segment.start < index < segment.stop and state.tables is not None:
+            if segment.start < index < segment.stop and state.tables is not None:
                 call = call._replace(args=(_add_table(state, index - 1, call.args[0]), *call.args[1:]))
-        if state.current is not None:
-            arguments = state.current.arguments
+            if index in segment and index in merge_places(state.settings, segment):
+                call = self._merge(state, segment, index, call)
+        state.previous = call.args[0]
+        stretch = state.current
+        if stretch is not None:
+            arguments = stretch.arguments
             if self.spec.bias.each_layer:
-                arguments = arguments | self.spec.bias.compute(call, state.current.merged)
-            if self.announces:
-                arguments = dict(arguments)
-                announce_sizes(layer, arguments.pop("ailurus_key_bias"))
+                arguments = arguments | self.spec.bias.compute(call, stretch.reduction)
+            stretch.by_layer[index] = stretch.reduction
             call = call.replace(arguments)
-        elif self.announces:
-            forget_sizes(layer)  # those that an exception left
         return call.args, dict(call.kwargs)
 
-    def _merge(self, state: CallState, segment: range, call: LayerCall) -> LayerCall:
+    def _merge(self, state: CallState, segment: range, index: int, call: LayerCall) -> LayerCall:
         if call.get("cu_seqlens") is not None:
             raise ValueError(
                 "images of different sizes packed in one sequence have no common grid to cluster on: batch images of "
                 "one size, or call remove_ailurus(model)"
             )
         inputs = call.args[0].flatten(1, 2) if self.spec.maps else call.args[0]
-        num_suffix = getattr(self.owner.config, self.spec.suffix) if self.spec.suffix else 0
-        sequence, merged = merge_sequence(inputs, state.grid, num_suffix, state.settings, state.order, self.choose)
-        if merged is None:
+        reduction = self._reduce(state, index, inputs)
+        if reduction is None:
             return call
-        arguments = self.spec.positions.compute(call, merged)
+        arguments = self.spec.positions.compute(call, reduction)
         if not self.spec.bias.each_layer:
-            arguments |= self.spec.bias.compute(call, merged)
-        state.current = Stretch(segment, merged, inputs, arguments)
-        state.stretches.append(state.current)
-        return call._replace(args=(sequence[:, None] if self.spec.maps else sequence, *call.args[1:]))
+            arguments |= self.spec.bias.compute(call, reduction)
+        if state.current is None:
+            state.current = Stretch(segment, inputs, reduction, arguments)
+            state.stretches.append(state.current)
+        else:
+            state.current.reduction, state.current.arguments = reduction, arguments
+        tokens = reduction.tokens[:, None] if self.spec.maps else reduction.tokens
+        return call._replace(args=(tokens, *call.args[1:]))
+
+    def _reduce(self, state: CallState, index: int, inputs: Tensor) -> Reduction | None:
+        """Reduce the sequence before a layer; what precedes the patches is what is left of its length."""
+        num_suffix = getattr(self.owner.config, self.spec.suffix) if self.spec.suffix else 0
+        before = None if state.current is None else state.current.reduction.of_patches
+        num_patches = math.prod(state.grid) if before is None else before.tokens.shape[1]
+        num_prefix, previous = inputs.shape[1] - num_patches - num_suffix, state.previous
+        if num_prefix < 0:
+            raise ValueError(
+                f"the sequence must hold a token for every patch of the grid {state.grid} and {num_suffix} behind "
+                f"them, got {inputs.shape[1]} tokens: a subset of the patches, or several images packed in one "
+                "sequence, has no grid to cluster on; run the model on whole images, or call remove_ailurus(model)"
+            )
+        context = ReductionContext(
+            norm=self.spec.norm_of(self.layers[index]),
+            previous=None if previous is None else lambda: previous[:, num_prefix : num_prefix + num_patches],
+            reduction=before,
+            **hints_of(self.config),
+        )
+        return reduce_sequence(
+            inputs,
+            state.grid,
+            state.settings.num_groups(math.prod(state.grid)),
+            state.settings,
+            context,
+            num_prefix=num_prefix,
+            num_suffix=num_suffix,
+            order=state.order,
+        )
 
     def after_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook after each layer: unfold where a stretch ends."""
         state = self._state()
         stretch = state.current
-        if stretch is not None and self.announces:
-            take_back_sizes(layer)
         if stretch is None or index != stretch.layers.stop - 1:
             return None
         state.current = None
@@ -277,8 +304,8 @@ class EncoderController:
 
     def _unfold(self, output: Tensor, state: CallState, stretch: Stretch) -> Tensor:
         if self.spec.maps:
-            return unfold_sequence(output[:, 0], stretch.merged).unflatten(1, state.grid)
-        return unfold_sequence(output, stretch.merged)
+            return stretch.reduction.restore(output[:, 0]).unflatten(1, state.grid)
+        return stretch.reduction.restore(output)
 
     def close_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook where the encoder hands out its hidden states: unfold those of merged layers; the forward ends."""
@@ -302,16 +329,14 @@ class EncoderController:
         if not isinstance(recorded, tuple):
             return recorded
         _refuse_attentions(recorded)
-        first = len(recorded) - len(self.layers)  # place of the first layer's output
-        if first not in (0, 1):  # 0: chosen ones, before transformers 5.23
+        if len(recorded) != len(self.layers) + 1:
             return recorded
         states = list(recorded)
         for stretch in stretches:
-            for place in range(stretch.layers.start + first, stretch.layers.stop - 1 + first):
-                state = states[place]
-                if state is not None and (first == 1 or state.shape[1:2] == (stretch.merged.num_tokens,)):
-                    states[place] = unfold_sequence(state, stretch.merged)
-            if first == 1 and stretch.layers.start == 0 and states[0] is not None:
+            for index in stretch.layers[:-1]:
+                if states[index + 1] is not None:
+                    states[index + 1] = stretch.by_layer[index].restore(states[index + 1])
+            if stretch.layers.start == 0 and states[0] is not None:
                 states[0] = stretch.inputs
         return tuple(states)
 
@@ -330,21 +355,9 @@ def _add_table(state: CallState, index: int, sequence: Tensor) -> Tensor:
     assert state.tables is not None
     table = state.tables[index].to(sequence.device)
     if state.current is not None:
-        kept = state.current.merged.kept_positions()[..., None]
+        kept = state.current.reduction.kept_positions()[..., None]
         table = table.expand(kept.shape[0], -1, -1).gather(1, kept.expand(-1, -1, table.shape[-1]))
     return sequence + table
-
-
-def check_settings(given: dict[str, Any]) -> AdaptiveResolutionSettings:
-    """The settings of a plain dictionary.
-
-    Raises:
-        ValueError: one of them is out of range, of the wrong type or unknown.
-    """
-    try:
-        return AdaptiveResolutionSettings(**given)
-    except (StrictDataclassError, TypeError) as error:
-        raise ValueError(f"settings of adaptive resolution: {' '.join(str(error).split())}") from None
 
 
 def controllers_of(model: nn.Module) -> list[EncoderController]:

@@ -28,7 +28,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..modeling.configuration_ailurus import AdaptiveResolutionMixin
+from ..modeling.settings import AdaptiveResolutionMixin
 from .arguments import KeyBias, MaskBias, MergedArguments, RelativeKeyBias, RotaryPositions
 from .inner import InnerKeyBias, InnerRelativeBias, InnerRotaryBias, PackedPositions
 
@@ -155,15 +155,12 @@ class FamilySpec:
         """Whether the module is an encoder of this family."""
         return any(base.__name__ in self.owners for base in type(module).__mro__)
 
-    def has_layers(self, module: nn.Module) -> bool:
-        """Whether the layers are where the row says; in some versions of transformers the class wraps the encoder."""
-        try:
-            module.get_submodule(self.layers)
-        except AttributeError:
-            return False
-        return True
+    def norm_of(self, layer: nn.Module) -> nn.Module | None:
+        """The norm before a layer's attention, if it has one of the usual names."""
+        return next((getattr(layer, name) for name in _NORMS if hasattr(layer, name)), None)
 
 
+_NORMS = ("layernorm_before", "norm1", "layer_norm1")
 _VIT_PATCHES = ("embeddings.patch_embeddings.projection",)
 _CLIP_PATCHES = ("embeddings.patch_embedding",)
 _HYBRID_PATCHES = (*_VIT_PATCHES, "embeddings.projection")
@@ -195,12 +192,10 @@ FAMILIES: tuple[FamilySpec, ...] = (
         positions=RotaryPositions(),
     ),
     FamilySpec("dpt", ("DPTModel",), "encoder.layer", _HYBRID_PATCHES),
-    # The image towers of two-tower models; transformers 5.17 calls some of them VisionTransformer.
-    FamilySpec("clip", ("CLIPVisionModel", "CLIPVisionTransformer"), "encoder.layers", _CLIP_PATCHES),
-    FamilySpec("clipseg", ("CLIPSegVisionModel", "CLIPSegVisionTransformer"), "encoder.layers", _CLIP_PATCHES),
-    FamilySpec(
-        "siglip", ("SiglipVisionModel", "SiglipVisionTransformer"), "encoder.layers", _CLIP_PATCHES, bias=MaskBias()
-    ),
+    # The image towers of two-tower models.
+    FamilySpec("clip", ("CLIPVisionModel",), "encoder.layers", _CLIP_PATCHES),
+    FamilySpec("clipseg", ("CLIPSegVisionModel",), "encoder.layers", _CLIP_PATCHES),
+    FamilySpec("siglip", ("SiglipVisionModel",), "encoder.layers", _CLIP_PATCHES, bias=MaskBias()),
     FamilySpec("owlvit", ("OwlViTVisionTransformer",), "encoder.layers", _CLIP_PATCHES),
     FamilySpec("owlv2", ("Owlv2VisionTransformer",), "encoder.layers", _CLIP_PATCHES),
     FamilySpec("vitpose_backbone", ("VitPoseBackbone",), "encoder.layer", _VIT_PATCHES, taps="encoder"),
@@ -307,7 +302,6 @@ UNSUPPORTED: dict[str, str] = {
     "PvtV2Model": "its tokens are pooled between the layers",
     "SegformerModel": "its stages are no plain sequence; convert the checkpoint instead: `ailurus-hf convert auto`",
     "Siglip2VisionModel": "its batches hold images of different grids, padded",
-    "Siglip2VisionTransformer": "its batches hold images of different grids, padded",
     "SwinModel": "it runs in shifted windows, and merges patches between its stages",
     "Swinv2Model": "it runs in shifted windows, and merges patches between its stages",
     "TimesformerModel": "its attention is divided into time and space",

@@ -12,10 +12,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..modeling.reduction import Reduction
 from .arguments import INNER_SIZES, KeyBias, MergedArguments, rows_and_columns
 from .call_state import CallStates
 from .layer_call import LayerCall, positional_parameters
-from .sequence import MergedSequence
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class InnerRotaryBias(InnerKeyBias):
     """Sizes as `KeyBias` has them, for layers that make rotary tables of the full grid themselves and give them to
     their attention module as its second argument, as SAM 3 does. The hook gathers them for the tokens that are left."""
 
-    def compute(self, call: LayerCall, merged: MergedSequence) -> dict[str, Any]:
+    def compute(self, call: LayerCall, merged: Reduction) -> dict[str, Any]:
         return {**super().compute(call, merged), "ailurus_kept": merged.kept_positions()}
 
     def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -75,16 +75,14 @@ class PackedPositions(InnerKeyBias):
         argument: its name, in the layer and in the attention module.
     """
 
-    extra_arguments: ClassVar[bool] = False
-
     argument: str = "position_mask"
 
-    def compute(self, call: LayerCall, merged: MergedSequence) -> dict[str, Any]:
+    def compute(self, call: LayerCall, merged: Reduction) -> dict[str, Any]:
         if call.get(self.argument) is not None:
             raise ValueError(
                 f"{self.argument} must be None where tokens are merged: a subset of the patches has no grid"
             )
-        sizes = merged.log_sizes().exp().round().long()
+        sizes = merged.log_sizes.exp().round().long()
         return {self.argument: torch.stack([merged.kept_positions(), sizes], dim=1)}
 
     def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -129,8 +127,8 @@ class InnerRelativeBias(MergedArguments):
     table: str = "relative_position_bias"
     argument: str = "relative_position_bias"
 
-    def compute(self, call: LayerCall, merged: MergedSequence) -> dict[str, Any]:
-        bias, kept = merged.log_sizes()[:, None, None].to(call.args[0].dtype), merged.kept_positions()
+    def compute(self, call: LayerCall, merged: Reduction) -> dict[str, Any]:
+        bias, kept = merged.log_sizes[:, None, None].to(call.args[0].dtype), merged.kept_positions()
         shared = call.get(self.argument)
         if shared is None:
             return {self.argument: PairBias(kept, bias)}

@@ -45,8 +45,3 @@ def positional_parameters(layer: nn.Module) -> tuple[str, ...]:
     """Names of the parameters of a layer's forward that may be given by position."""
     parameters = inspect.signature(type(layer).forward).parameters.values()
     return tuple(item.name for item in parameters if item.kind is item.POSITIONAL_OR_KEYWORD)[1:]
-
-
-def takes_extra_arguments(layer: nn.Module) -> bool:
-    """Whether a layer's forward takes keyword arguments that it does not name."""
-    return any(item.kind is item.VAR_KEYWORD for item in inspect.signature(type(layer).forward).parameters.values())

@@ -6,7 +6,11 @@ goes around their two branches instead: each runs on the merged tokens, and what
 m(x) the means of the groups and u the unfolding, u(m(x) + branch) + x - u(m(x)) = x + u(branch): the result is that of
 a whole layer on merged tokens with its residual added back.
 
-Everything happens inside the layer, clustering included, so gradient checkpointing does it again by itself.
+Everything happens inside the layer, grouping included, so gradient checkpointing does it again by itself.
+
+The attention module is the one thing that cannot run on merged tokens. A hook can change what a module takes and gives
+but not stop it from running, and what replaces its `forward` gets lost where accelerate replaces it too; so the module
+runs on a single token, which costs next to nothing, and the hook behind it puts the right result in the place of that.
 """
 
 from dataclasses import dataclass
@@ -17,13 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..modeling.configuration_ailurus import AdaptiveResolutionMixin
-from ..modeling.token_groups import merge_tokens
-from . import sequence
+from ..modeling.reduction import Reduction, ReductionContext, hints_of, reduce
+from ..modeling.settings import AdaptiveResolutionMixin, with_overrides
 from .call_state import CallStates
 from .controller import EncoderController
 from .families import MapLayer
-from .sequence import MergedSequence, unfold_sequence
 
 _STATES = CallStates("ailurus_map_layers")
 
@@ -33,13 +35,13 @@ class _LayerState:
     """What the hooks of one layer share.
 
     Attributes:
-        merged: what brings the grid back.
+        reduction: what brings the grid back.
         grid: its height and width in tokens.
         tokens: input of the attention, (batch_size, M, hidden_size).
         copied: what to add where the grid is to hold copies of the merged tokens, (batch_size, N, hidden_size).
     """
 
-    merged: MergedSequence
+    reduction: Reduction
     grid: tuple[int, int]
     tokens: Tensor | None = None
     copied: Tensor | None = None
@@ -47,6 +49,8 @@ class _LayerState:
 
 class MapController(EncoderController):
     """Hooks of one encoder whose row says `map_layer`; see the description of this file."""
+
+    _latest: AdaptiveResolutionMixin
 
     def register_hooks(self) -> None:
         self.patches.register_forward_pre_hook(self.check_pixels)
@@ -74,30 +78,40 @@ class MapController(EncoderController):
         return state
 
     def open_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Hook after the patch embedding: read the settings of this forward. They also hold for layers that gradient
-        checkpointing runs again in backward, though others may be set by then."""
-        if not torch.compiler.is_compiling():
-            self._settings = self.settings
+        """Hook after the patch embedding: read the settings of this forward."""
+        self._latest = self.settings
+        _STATES.set(self, self._latest)
 
     def drop_states(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        for layer in self.layers:
-            _STATES.clear(layer)
+        for key in (self, *self.layers):
+            _STATES.clear(key)
 
     def _current(self) -> AdaptiveResolutionMixin:
-        return self.settings if torch.compiler.is_compiling() else self._settings
+        """The settings of this forward. Where gradient checkpointing runs a layer again that forward is over: there it
+        is those of the latest one, though others may be set by now."""
+        current: AdaptiveResolutionMixin = _STATES.get(self) or self._latest
+        return current
 
     def merge(self, index: int, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """Hook before the first norm: the layer begins; cluster the map and go on with the means."""
+        """Hook before the first norm: the layer begins; group the map's tokens and go on with the means."""
         _STATES.clear(self.layers[index])
         settings = self._current()
-        if not any(segment.start <= index < segment.stop for segment in self.segments(settings)):
+        if not any(index in segment for segment in self.segments(settings)):
             return None
         tokens, grid = args[0].flatten(1, 2), (args[0].shape[1], args[0].shape[2])
-        groups = (self.choose or sequence.choose_groups)(tokens, grid, settings)
-        if groups is None:
+        context = ReductionContext(norm=module, **hints_of(self.config))
+        # The residual is in the map itself, so that none is needed to come back.
+        copying = with_overrides(settings, {"unfold": "copy"})
+        reduction = reduce(tokens, grid, settings.num_groups(tokens.shape[1]), copying, context)
+        if reduction is None:
             return None
-        _STATES.set(self.layers[index], _LayerState(MergedSequence(groups, 0, 0, None), grid))
-        return (merge_tokens(tokens, groups)[:, None],)
+        if reduction.merge is None:
+            raise ValueError(
+                f"grouping {settings.grouping!r} has no merge, which {type(self.layers[index]).__name__} needs after "
+                "its attention; choose another grouping"
+            )
+        _STATES.set(self.layers[index], _LayerState(reduction, grid))
+        return (reduction.tokens[:, None],)
 
     def withhold_tokens(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hook before the attention module: it gets one token, since it knows nothing of merged ones."""
@@ -118,7 +132,7 @@ class MapController(EncoderController):
             return None
         assert state.tokens is not None
         num_heads = getattr(module, self._names.num_heads)
-        tokens = attention_on_merged(module, state.tokens, state.merged, state.grid, num_heads)
+        tokens = attention_on_merged(module, state.tokens, state.reduction, state.grid, num_heads)
         state.tokens = None
         return (self._on_grid(tokens, state), *output[1:])
 
@@ -128,9 +142,10 @@ class MapController(EncoderController):
         if state is None:
             return None
         tokens = args[0].flatten(1, 2)
-        merged = merge_tokens(tokens, state.merged.groups)
+        assert state.reduction.merge is not None
+        merged = state.reduction.merge(tokens)
         if self._current().unfold == "copy":
-            state.copied = unfold_sequence(merged, state.merged) - tokens
+            state.copied = state.reduction.restore(merged) - tokens
         return (merged[:, None],)
 
     def unfold(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -143,7 +158,7 @@ class MapController(EncoderController):
         return grid if state.copied is None else grid + state.copied.unflatten(1, state.grid)
 
     def _on_grid(self, tokens: Tensor, state: _LayerState) -> Tensor:
-        return unfold_sequence(tokens, state.merged).unflatten(1, state.grid)
+        return state.reduction.restore(tokens).unflatten(1, state.grid)
 
     def refuse_attentions(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook where the encoder hands out attention weights: those of one token are none."""
@@ -156,7 +171,7 @@ class MapController(EncoderController):
 
 
 def attention_on_merged(
-    attention: Any, tokens: Tensor, merged: MergedSequence, grid: tuple[int, int], num_heads: int
+    attention: Any, tokens: Tensor, reduction: Reduction, grid: tuple[int, int], num_heads: int
 ) -> Tensor:
     """Attention with decomposed relative positions (MViTv2, section 4.1), between tokens that stand for several.
 
@@ -166,7 +181,7 @@ def attention_on_merged(
         attention: module with the linear layers `qkv` and `proj`, and `scale`; with `rel_pos_h` and `rel_pos_w`, each
             (2 * size - 1, head_dim), where it has relative positions.
         tokens: (batch_size, M, hidden_size).
-        merged: the groups.
+        reduction: what made them of the tokens of the grid.
         grid: height and width of the full grid.
         num_heads: number of attention heads.
 
@@ -177,9 +192,9 @@ def attention_on_merged(
         ValueError: the module's tables are offloaded.
     """
     query, key, value = attention.qkv(tokens).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    bias = merged.log_sizes()[:, None, None].to(query.dtype)
+    bias = reduction.log_sizes[:, None, None].to(query.dtype)
     if hasattr(attention, "rel_pos_h"):
-        places = merged.groups.representatives
+        places = reduction.kept_positions()
         rows, columns = places.div(grid[1], rounding_mode="floor"), places.remainder(grid[1])
         tables = (attention.rel_pos_h, rows, grid[0]), (attention.rel_pos_w, columns, grid[1])
         to_lines = torch.cat([relative_positions(query, *axis) for axis in tables], dim=-1)

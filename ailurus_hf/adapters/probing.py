@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..modeling.token_groups import TokenGroups, group_tokens
+from ..modeling.reduction import Grouping, Reduction, reduce_to_groups, registered
+from ..modeling.token_groups import group_tokens
 from .arguments import KeyBias, MaskBias, MergedArguments, RotaryPositions
 from .controller import EncoderController, controllers_of
 from .families import FamilySpec
 
 _BIASES: tuple[MergedArguments, ...] = (KeyBias(), MaskBias())
 _POSITIONS: tuple[MergedArguments, ...] = (MergedArguments(), RotaryPositions())
+_PERMUTATION = "the order of the tokens, for ailurus_hf.adapters.probe"
 _TOLERANCE = 1e-4  # of an output's largest value
 
 
@@ -111,7 +113,8 @@ def _fits(
     model: nn.Module, owner: nn.Module, spec: FamilySpec, inputs: dict[str, Any], plain: dict[str, Tensor]
 ) -> bool:
     try:
-        permuted = _run(model, owner, spec, inputs, _permutation)
+        with registered(_PERMUTATION, Grouping(reduce=_permutation)):
+            permuted = _run(model, owner, spec, inputs, _PERMUTATION)
         merged = _run(model, owner, spec, inputs)
         withheld = FamilySpec(**{**vars(spec), "bias": _Withheld(spec.bias)})
         unweighted = _run(model, owner, withheld, inputs)
@@ -125,10 +128,10 @@ def _fits(
 
 
 def _run(
-    model: nn.Module, owner: nn.Module, spec: FamilySpec, inputs: dict[str, Any], choose: Any = None
+    model: nn.Module, owner: nn.Module, spec: FamilySpec, inputs: dict[str, Any], grouping: str = "density_peaks"
 ) -> dict[str, Tensor]:
-    controller = EncoderController(owner, spec, SimpleNamespace(ailurus={"keep_ratio": 0.25, "cluster_layer": 1}))
-    controller.choose = choose
+    settings = {"keep_ratio": 0.25, "cluster_layer": 1, "grouping": grouping}
+    controller = EncoderController(owner, spec, SimpleNamespace(ailurus=settings))
     controller.install()
     try:
         return _tensors(model(**inputs))
@@ -136,11 +139,11 @@ def _run(
         controller.remove()
 
 
-def _permutation(tokens: Tensor, grid: Any, settings: Any) -> TokenGroups:
-    """Groups of one token each, in another order."""
+def _permutation(tokens: Tensor, *_: Any) -> Reduction:
+    """As many groups as tokens, in another order."""
     num_tokens = tokens.shape[1]
     order = torch.arange(num_tokens - 1, -1, -1, device=tokens.device)
-    return group_tokens(order.expand(tokens.shape[0], -1), num_tokens)
+    return reduce_to_groups(tokens, group_tokens(order.expand(tokens.shape[0], -1), num_tokens))
 
 
 def _tensors(value: Any, name: str = "") -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from ..modeling.configuration_ailurus_segformer import AiluRusSegformerConfig
-from ..modeling.grouping_density_peaks import resolve_num_clusters
+from ..modeling.settings import resolve_num_groups
 
 __all__ = ["count_flops"]
 
@@ -53,6 +53,6 @@ def _clusterings(config: Any, height: int, width: int) -> list[tuple[int, int]]:
     found = []
     for ratio, (rows, columns), hidden_size in stages:
         exact = None if ratio == 1 and isinstance(config, AiluRusSegformerConfig) else config.num_clusters
-        if resolve_num_clusters(rows * columns, ratio, exact) < rows * columns:
+        if resolve_num_groups(rows * columns, ratio, exact) < rows * columns:
             found.append((hidden_size, rows * columns))
     return found

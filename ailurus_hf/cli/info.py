@@ -40,8 +40,8 @@ def _describe(model: Any, height: int | None, width: int | None) -> dict[str, di
     from dataclasses import fields
 
     from ..benchmark import count_flops
-    from ..modeling.configuration_ailurus import AdaptiveResolutionMixin, AiluRusConfig
-    from ..modeling.grouping_density_peaks import resolve_num_clusters
+    from ..modeling.configuration_ailurus import AiluRusConfig
+    from ..modeling.settings import AdaptiveResolutionMixin, resolve_num_groups
 
     config = model.config
     if config.model_type != AiluRusConfig.model_type:
@@ -63,13 +63,13 @@ def _describe(model: Any, height: int | None, width: int | None) -> dict[str, di
             "hidden size": config.hidden_size,
             "heads": config.num_attention_heads,
             "patch size": config.patch_size,
-            "head": config.decoder_type,
+            "head": config.decode_head.type,
             "classes": config.num_labels,
         },
         "merging": {field.name: getattr(config, field.name) for field in fields(AdaptiveResolutionMixin)},
         f"one image of {size[0]} x {size[1]} pixels": {
             "tokens": f"{rows} x {columns} = {rows * columns}",
-            "tokens after merging": resolve_num_clusters(rows * columns, config.keep_ratio, config.num_clusters),
+            "tokens after merging": resolve_num_groups(rows * columns, config.keep_ratio, config.num_clusters),
             "GFLOPs dense": round(dense / 1e9, 2),
             "GFLOPs merged": round(merged / 1e9, 2),
             "ratio": round(dense / merged, 2),

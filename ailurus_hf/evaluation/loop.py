@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from rich.progress import track
 from transformers import PreTrainedModel
 
 from ..benchmark import SpeedUp, count_flops, speed_up, time_side_by_side
-from ..budget import has_keep_ratio, temporary_keep_ratio
+from ..budget import has_budget, with_budget
 from ..data.images import ImageFileError
 from ..data.labelled import LabelledImage
 from .boundary import BoundaryScore
@@ -173,8 +174,8 @@ def _evaluate_picture(
 
     def predict(result: BudgetResult) -> None:
         # A model without budgets is dense as it is; asked for another one, it raises.
-        ratio = result.keep_ratio if result.keep_ratio != 1 or has_keep_ratio(model) else None
-        with temporary_keep_ratio(model, ratio):
+        dense = result.keep_ratio == 1 and not has_budget(model)
+        with nullcontext() if dense else with_budget(model, keep_ratio=result.keep_ratio):
             found[result.keep_ratio] = segment_image(model, image_processor, sample.image, **views)
 
     variants = {str(result.keep_ratio): partial(predict, result) for result in results}

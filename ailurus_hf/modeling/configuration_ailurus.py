@@ -1,103 +1,58 @@
 """Configuration of the AiluRus models."""
 
-import math
-from dataclasses import dataclass
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict, validated_field
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
-
-def _at_least(minimum: int) -> Any:
-    def check(value: int | None) -> None:
-        if value is not None and value < minimum:
-            raise ValueError(f"must be at least {minimum}, got {value}")
-
-    return check
-
-
-def _in_unit_interval(include_zero: bool) -> Any:
-    def check(value: float) -> None:
-        above = value >= 0 if include_zero else value > 0
-        if not (above and value <= 1):  # written so that NaN fails too
-            raise ValueError(f"must be {'between 0 and 1' if include_zero else 'above 0 and at most 1'}, got {value}")
-
-    return check
-
-
-def _one_of(*choices: str | None) -> Any:
-    def check(value: str | None) -> None:
-        if value not in choices:
-            raise ValueError(f"must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-    return check
-
-
-def _odd(value: int) -> None:
-    if value < 1 or value % 2 == 0:
-        raise ValueError(f"must be odd and above 0, got {value}")
-
-
-def _finite(value: float) -> None:
-    if not math.isfinite(value):
-        raise ValueError(f"must be finite, got {value}")
-
-
-@dataclass(repr=False, eq=False)
-class AdaptiveResolutionMixin:
-    """The eight settings of adaptive resolution, the same in every model.
-
-    Checked on construction and again on every assignment, so `config.keep_ratio = 0.25` holds from the next forward.
-
-    Args:
-        cluster_layer: number of layers that run on all tokens before the tokens are clustered.
-        keep_ratio: share of patch tokens kept, above 0 and at most 1; at 1 nothing is merged.
-        num_clusters: exact number of tokens kept; wins over `keep_ratio`.
-        num_neighbors: k, how many nearest neighbours make a token's density.
-        neighborhood_size: lambda, how many grid positions around a token count as its neighbourhood.
-        spatial_alpha: weight of the feature distance alone, between 0 and 1; the rest grows with the neighbour's rank.
-        unfold: how the grid comes back: "copy" gives each token its cluster's output, "residual" adds what made the
-            token differ from its cluster when they were merged.
-        tail_layers: number of last layers that run on all tokens again.
-    """
-
-    cluster_layer: int = validated_field(_at_least(0), default=2)
-    keep_ratio: float | int = validated_field(_in_unit_interval(include_zero=False), default=0.5)
-    num_clusters: int | None = validated_field(_at_least(1), default=None)
-    num_neighbors: int = validated_field(_at_least(1), default=1)
-    neighborhood_size: int = validated_field(_at_least(1), default=50)
-    spatial_alpha: float | int = validated_field(_in_unit_interval(include_zero=True), default=0.9)
-    unfold: str = validated_field(_one_of("residual", "copy"), default="residual")
-    tail_layers: int = validated_field(_at_least(0), default=0)
-
-    def merged_layers(self, num_hidden_layers: int) -> range:
-        """Indices of the layers that run on merged tokens.
-
-        Raises:
-            ValueError: no layer is left between `cluster_layer` and `tail_layers`.
-        """
-        last = num_hidden_layers - self.tail_layers - 1
-        if self.cluster_layer > last:
-            raise ValueError(
-                f"cluster_layer must leave a layer to run on merged tokens: with num_hidden_layers="
-                f"{num_hidden_layers} and tail_layers={self.tail_layers} it must be at most {last}, "
-                f"got {self.cluster_layer}"
-            )
-        return range(self.cluster_layer, last + 1)
+from .settings import AdaptiveResolutionMixin, at_least, finite, odd, one_of
 
 
 @strict
-@dataclass
-class AdaptiveResolutionSettings(AdaptiveResolutionMixin):
-    """The eight settings by themselves, for models whose configuration is not this package's."""
+class AiluRusDecodeHeadConfig(PreTrainedConfig):
+    """Configuration of the head of a segmentation model, `AiluRusConfig.decode_head`.
+
+    Args:
+        type: "linear" or "mask_transformer" (Segmenter's), or "progressive_upsampling" (SETR's PUP head, and its naive
+            head with one layer and kernel size 1).
+        num_layers: layers of the mask transformer, or convolutions of progressive upsampling.
+        num_attention_heads: heads of the mask transformer; None means one per 64 channels.
+        intermediate_size: width of its MLP; None means four times that of the tokens.
+        layer_norm_eps: epsilon of the head's LayerNorms; None means the encoder's.
+        dropout_prob: dropout of the mask transformer's residual branches, or of whole channels before the classifier of
+            progressive upsampling.
+        hidden_size: channels of the convolutions of progressive upsampling; None means the width of the tokens.
+        kernel_size: side of their kernels, odd.
+        upscale: factor by which the map grows after each of them.
+    """
+
+    model_type = "ailurus_decode_head"
+
+    type: str = validated_field(one_of("linear", "mask_transformer", "progressive_upsampling"), default="linear")
+    num_layers: int = validated_field(at_least(1), default=2)
+    num_attention_heads: int | None = validated_field(at_least(1), default=None)
+    intermediate_size: int | None = validated_field(at_least(1), default=None)
+    layer_norm_eps: float | None = None
+    dropout_prob: float | int = 0.1
+    hidden_size: int | None = validated_field(at_least(1), default=None)
+    kernel_size: int = validated_field(odd, default=3)
+    upscale: int = validated_field(at_least(1), default=2)
+
+
+# Fields of the head by the names they had when they stood among the encoder's; checkpoints from then still have them.
+DECODER_FIELDS = {f"decoder_{field.name}": field.name for field in fields(AiluRusDecodeHeadConfig) if field.name in (
+    "type", "num_layers", "num_attention_heads", "intermediate_size", "layer_norm_eps", "dropout_prob", "hidden_size",
+    "kernel_size", "upscale",
+)}  # fmt: skip
 
 
 @strict
 class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConfig):
     """Configuration of a plain vision transformer with adaptive resolution.
 
-    The eight settings of the method are those of `AdaptiveResolutionMixin`. The others describe the transformer, wide
+    The settings of the method are those of `AdaptiveResolutionMixin`. The others describe the transformer, wide
     enough that any plain ViT with learned absolute positions can be ported into it.
 
     Args:
@@ -139,17 +94,8 @@ class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConf
         use_pooler_norm: whether a LayerNorm follows the pooling (`fc_norm` in timm and MAE).
         use_distillation_classifier: whether the distillation token has a classifier of its own, whose logits are
             averaged with the other's (distilled DeiT).
-        decoder_type: head of the segmentation model: "linear" or "mask_transformer" (Segmenter's), or
-            "progressive_upsampling" (SETR's PUP head, and its naive head with one layer and kernel size 1).
-        decoder_num_layers: layers of the mask transformer, or convolutions of progressive upsampling.
-        decoder_num_attention_heads: heads of the mask transformer; None means one per 64 channels.
-        decoder_intermediate_size: width of its MLP; None means 4 * `hidden_size`.
-        decoder_layer_norm_eps: epsilon of the head's LayerNorms; None means `layer_norm_eps`.
-        decoder_dropout_prob: dropout of the mask transformer's residual branches, or of whole channels before the
-            classifier of progressive upsampling.
-        decoder_hidden_size: channels of the convolutions of progressive upsampling; None means `hidden_size`.
-        decoder_kernel_size: side of their kernels, odd.
-        decoder_upscale: factor by which the map grows after each of them.
+        decode_head: the segmentation model's head, an `AiluRusDecodeHeadConfig` or a dictionary of its fields. Its
+            fields are also taken one by one, as `decoder_type`, `decoder_num_layers` and so on.
         logits_resize: where an image is no whole number of patches: "crop" resizes the logits to the padded image and
             cuts the padding off (Segmenter), "squeeze" resizes them straight to the image (mmsegmentation).
         semantic_loss_ignore_index: label value that the segmentation loss leaves out.
@@ -160,6 +106,7 @@ class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConf
 
     model_type = "ailurus"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["hidden_states", "attentions", "assignment", "group_sizes"]
+    sub_configs: ClassVar[dict[str, Any]] = {"decode_head": AiluRusDecodeHeadConfig}
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -173,46 +120,39 @@ class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConf
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-6
     image_size: int | list[int] | tuple[int, int] = 224
-    patch_size: int = validated_field(_at_least(1), default=16)
-    num_channels: int = validated_field(_at_least(1), default=3)
+    patch_size: int = validated_field(at_least(1), default=16)
+    num_channels: int = validated_field(at_least(1), default=3)
     patch_bias: bool = True
     qkv_bias: bool = True
     use_qk_norm: bool = False
     layerscale_value: float | None = None
     use_cls_token: bool = True
     use_distillation_token: bool = False
-    num_register_tokens: int = validated_field(_at_least(0), default=0)
-    num_prefix_positions: int | None = validated_field(_at_least(0), default=None)
+    num_register_tokens: int = validated_field(at_least(0), default=0)
+    num_prefix_positions: int | None = validated_field(at_least(0), default=None)
     use_final_norm: bool = True
-    position_interpolation: str = validated_field(_one_of("bicubic", "bilinear"), default="bicubic")
+    position_interpolation: str = validated_field(one_of("bicubic", "bilinear"), default="bicubic")
     position_antialias: bool = False
-    position_offset: float | int = validated_field(_finite, default=0.0)
-    position_resize_rule: str = validated_field(_one_of("shape", "count"), default="shape")
+    position_offset: float | int = validated_field(finite, default=0.0)
+    position_resize_rule: str = validated_field(one_of("shape", "count"), default="shape")
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
-    pooling: str | None = validated_field(_one_of("cls", "mean", "cls_mean", None), default=None)
+    pooling: str | None = validated_field(one_of("cls", "mean", "cls_mean", None), default=None)
     use_pooler_norm: bool = False
     use_distillation_classifier: bool = False
-    decoder_type: str = validated_field(
-        _one_of("linear", "mask_transformer", "progressive_upsampling"), default="linear"
-    )
-    decoder_num_layers: int = validated_field(_at_least(1), default=2)
-    decoder_num_attention_heads: int | None = validated_field(_at_least(1), default=None)
-    decoder_intermediate_size: int | None = validated_field(_at_least(1), default=None)
-    decoder_layer_norm_eps: float | None = None
-    decoder_dropout_prob: float | int = 0.1
-    decoder_hidden_size: int | None = validated_field(_at_least(1), default=None)
-    decoder_kernel_size: int = validated_field(_odd, default=3)
-    decoder_upscale: int = validated_field(_at_least(1), default=2)
-    logits_resize: str = validated_field(_one_of("crop", "squeeze"), default="crop")
+    decode_head: Any = None  # a configuration once constructed, from whatever was given
+    logits_resize: str = validated_field(one_of("crop", "squeeze"), default="crop")
     semantic_loss_ignore_index: int = 255
     palette: list[list[int]] | tuple[tuple[int, int, int], ...] | None = None
-    window_size: int | None = validated_field(_at_least(1), default=None)
-    window_stride: int | None = validated_field(_at_least(1), default=None)
+    window_size: int | None = validated_field(at_least(1), default=None)
+    window_stride: int | None = validated_field(at_least(1), default=None)
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        head = {new: kwargs.pop(old) for old, new in DECODER_FIELDS.items() if old in kwargs}
+        if not isinstance(self.decode_head, PreTrainedConfig):
+            self.decode_head = AiluRusDecodeHeadConfig(**{**(self.decode_head or {}), **head})
         self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
@@ -275,4 +215,4 @@ class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConf
         self.merged_layers(self.num_hidden_layers)
 
 
-__all__ = ["AdaptiveResolutionMixin", "AdaptiveResolutionSettings", "AiluRusConfig"]
+__all__ = ["DECODER_FIELDS", "AiluRusConfig", "AiluRusDecodeHeadConfig"]

@@ -6,37 +6,20 @@ from huggingface_hub.dataclasses import strict, validated_field
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
-from .configuration_ailurus import AdaptiveResolutionMixin, _at_least, _one_of
-
-
-def _ratios(values: Any) -> None:
-    for value in values or ():
-        if not 0 < value <= 1:  # written so that NaN fails too
-            raise ValueError(f"must hold numbers above 0 and at most 1, got {value}")
-
-
-def _positive(values: Any) -> None:
-    for value in [values] if isinstance(values, int) else values:
-        if not value > 0:
-            raise ValueError(f"must hold numbers above 0, got {value}")
-
+from .settings import StageResolutionMixin, at_least, one_of, positive
 
 # Settings with one value per stage, besides `stage_keep_ratios`.
 _PER_STAGE = ("depths", "hidden_sizes", "num_attention_heads", "sr_ratios", "patch_sizes", "strides", "mlp_ratios")
 
 
 @strict
-class AiluRusSegformerConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConfig):
+class AiluRusSegformerConfig(StageResolutionMixin, BackboneConfigMixin, PreTrainedConfig):
     """Configuration of a SegFormer (arXiv 2105.15203) with adaptive resolution in its stages.
 
-    The eight settings of the method are those of `AdaptiveResolutionMixin`, applied to each stage by itself:
-    `cluster_layer` and `tail_layers` count a stage's own blocks, and `num_clusters` is an exact number of tokens for
-    each stage that merges at all. The defaults of the architecture are those of MiT-B2.
+    The settings of the method are those of `StageResolutionMixin`, applied to each stage by itself. The defaults of the
+    architecture are those of MiT-B2.
 
     Args:
-        stage_keep_ratios: share of tokens kept in each stage, above 0 and at most 1; 1 leaves a stage dense. None means
-            1 for the first half of the stages and `keep_ratio` for the others: (1, 1, 0.5, 0.5) by default. Wins over
-            `keep_ratio`, except that `keep_ratio=1` merges nothing anywhere.
         num_channels: channels of the input.
         depths: number of blocks of each stage.
         hidden_sizes: width of each stage's tokens.
@@ -71,15 +54,14 @@ class AiluRusSegformerConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTr
     model_type = "ailurus_segformer"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["hidden_states", "attentions", "assignment", "group_sizes"]
 
-    stage_keep_ratios: list[float | int] | tuple[float | int, ...] | None = validated_field(_ratios, default=None)
-    num_channels: int = validated_field(_at_least(1), default=3)
-    depths: list[int] | tuple[int, ...] = validated_field(_positive, default=(3, 4, 6, 3))
-    hidden_sizes: list[int] | tuple[int, ...] = validated_field(_positive, default=(64, 128, 320, 512))
-    num_attention_heads: list[int] | tuple[int, ...] = validated_field(_positive, default=(1, 2, 5, 8))
-    sr_ratios: list[int] | tuple[int, ...] = validated_field(_positive, default=(8, 4, 2, 1))
-    patch_sizes: list[int] | tuple[int, ...] = validated_field(_positive, default=(7, 3, 3, 3))
-    strides: list[int] | tuple[int, ...] = validated_field(_positive, default=(4, 2, 2, 2))
-    mlp_ratios: list[float | int] | tuple[float | int, ...] = validated_field(_positive, default=(4, 4, 4, 4))
+    num_channels: int = validated_field(at_least(1), default=3)
+    depths: list[int] | tuple[int, ...] = validated_field(positive, default=(3, 4, 6, 3))
+    hidden_sizes: list[int] | tuple[int, ...] = validated_field(positive, default=(64, 128, 320, 512))
+    num_attention_heads: list[int] | tuple[int, ...] = validated_field(positive, default=(1, 2, 5, 8))
+    sr_ratios: list[int] | tuple[int, ...] = validated_field(positive, default=(8, 4, 2, 1))
+    patch_sizes: list[int] | tuple[int, ...] = validated_field(positive, default=(7, 3, 3, 3))
+    strides: list[int] | tuple[int, ...] = validated_field(positive, default=(4, 2, 2, 2))
+    mlp_ratios: list[float | int] | tuple[float | int, ...] = validated_field(positive, default=(4, 4, 4, 4))
     hidden_act: str = "gelu"
     hidden_dropout_prob: float | int = 0.0
     attention_probs_dropout_prob: float | int = 0.0
@@ -88,16 +70,16 @@ class AiluRusSegformerConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTr
     layer_norm_eps: float = 1e-6
     patch_norm_eps: float | None = None
     reduction_norm_eps: float | None = None
-    image_size: int | list[int] | tuple[int, int] = validated_field(_positive, default=512)
-    decoder_type: str = validated_field(_one_of("linear", "conv"), default="linear")
-    decoder_hidden_size: int = validated_field(_at_least(1), default=768)
+    image_size: int | list[int] | tuple[int, int] = validated_field(positive, default=512)
+    decoder_type: str = validated_field(one_of("linear", "conv"), default="linear")
+    decoder_hidden_size: int = validated_field(at_least(1), default=768)
     batch_norm_eps: float = 1e-5
     classifier_dropout_prob: float | int = 0.1
     upsample_logits: bool = True
     semantic_loss_ignore_index: int = 255
     palette: list[list[int]] | tuple[tuple[int, int, int], ...] | None = None
-    window_size: int | None = validated_field(_at_least(1), default=None)
-    window_stride: int | None = validated_field(_at_least(1), default=None)
+    window_size: int | None = validated_field(at_least(1), default=None)
+    window_stride: int | None = validated_field(at_least(1), default=None)
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -110,31 +92,12 @@ class AiluRusSegformerConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTr
 
     @property
     def stage_ratios(self) -> tuple[float, ...]:
-        """Share of tokens kept in each stage, as `keep_ratio` and `stage_keep_ratios` together say."""
-        num_stages = len(self.depths)
-        if self.keep_ratio == 1:
-            return (1.0,) * num_stages
-        if self.stage_keep_ratios is not None:
-            return tuple(float(ratio) for ratio in self.stage_keep_ratios)
-        num_merged = (num_stages + 1) // 2
-        return (1.0,) * (num_stages - num_merged) + (float(self.keep_ratio),) * num_merged
+        """Share of tokens kept in each stage."""
+        return self.ratios(len(self.depths))
 
     def merged_blocks(self, stage: int) -> range:
-        """Indices of a stage's blocks that run on merged tokens; empty where the stage keeps all.
-
-        Raises:
-            ValueError: the stage is to merge, but no block is left between `cluster_layer` and `tail_layers`.
-        """
-        if self.stage_ratios[stage] == 1:
-            return range(0)
-        last = self.depths[stage] - self.tail_layers - 1
-        if self.cluster_layer > last:
-            raise ValueError(
-                f"cluster_layer must leave a block to run on merged tokens in stage {stage + 1}: with depths="
-                f"{tuple(self.depths)} and tail_layers={self.tail_layers} it must be at most {last}, got "
-                f"{self.cluster_layer}; lower it, or keep that stage dense with stage_keep_ratios"
-            )
-        return range(self.cluster_layer, last + 1)
+        """Indices of a stage's blocks that run on merged tokens; empty where the stage keeps all."""
+        return self.blocks_of_stage(stage, self.depths)
 
     @property
     def patch_size(self) -> int:

@@ -17,19 +17,6 @@ from torch.nn import functional as F
 _MAX_DISTANCE_BLOCK = 2**22  # most elements, per image, of a block of token-to-representative distances (16 MiB)
 
 
-def resolve_num_clusters(num_tokens: int, keep_ratio: float = 0.5, num_clusters: int | None = None) -> int:
-    """Number of clusters M for an image of `num_tokens` patch tokens.
-
-    Args:
-        num_tokens: number of patch tokens N, at least 1.
-        keep_ratio: share of tokens to keep, in (0, 1]; M is `keep_ratio * num_tokens` rounded half up, at least 1.
-        num_clusters: an exact count, which wins over `keep_ratio`; capped at `num_tokens`.
-    """
-    if num_clusters is not None:
-        return min(num_clusters, num_tokens)
-    return min(max(int(keep_ratio * num_tokens + 0.5), 1), num_tokens)
-
-
 def neighborhood_offsets(num_axes: int, neighborhood_size: int) -> tuple[tuple[int, ...], ...]:
     """The `neighborhood_size` grid offsets nearest to the origin, itself excluded, by squared length, ties in
     lexicographic order. The place in this tuple, counted from 1, is the offset's *rank*."""

@@ -1,5 +1,8 @@
 """Transformer layers of the AiluRus models: size-weighted attention, MLP, LayerScale, stochastic depth."""
 
+import difflib
+import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +11,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import TransformersKwargs
 
 from .configuration_ailurus import AiluRusConfig
 from .size_weighted_attention import size_weighted_attention
@@ -27,6 +31,24 @@ class LayerShape(NamedTuple):
     use_qk_norm: bool = False
 
 
+_KEYWORDS = frozenset(TransformersKwargs.__annotations__)
+
+
+def check_keywords(model: nn.Module, keywords: Mapping[str, Any]) -> None:
+    """Refuse keyword arguments that neither the model nor transformers knows: a misspelt one would do nothing.
+
+    Those that are None say nothing, and wrappers such as PEFT's pass some.
+
+    Raises:
+        TypeError: there is one.
+    """
+    for name, value in keywords.items():
+        if value is not None and name not in _KEYWORDS:
+            close = difflib.get_close_matches(name, inspect.signature(type(model).forward).parameters, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{type(model).__name__} got an unexpected keyword argument {name!r}{hint}")
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -44,6 +66,20 @@ def eager_attention_forward(
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     output = F.dropout(weights, p=dropout, training=module.training) @ value
     return output.transpose(1, 2), weights
+
+
+def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tokens (batch_size, N, channels) as a map (batch_size, channels, rows, columns); shares memory.
+
+    The rows are unfolded before the axes are swapped. In the other order a batch of one gets strides that PyTorch does
+    not recognise as channels-last, and convolutions on the CPU fall back to paths up to 20 times slower.
+    """
+    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
+
+
+def map_to_tokens(feature_map: Tensor) -> Tensor:
+    """Map (batch_size, channels, rows, columns) as tokens (batch_size, N, channels); shares memory."""
+    return feature_map.flatten(2).transpose(1, 2)
 
 
 class AiluRusAttention(nn.Module):
@@ -83,6 +119,17 @@ class AiluRusAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
         )
         return self.o_proj(output.flatten(2)), weights
+
+    def keys(self, hidden_states: Tensor) -> Tensor:
+        """Keys of normed tokens, (batch_size, T, hidden_size) -> same, heads one after the other."""
+        return self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))).flatten(2)
+
+    def class_attention(self, hidden_states: Tensor) -> Tensor:
+        """Attention weights of the first token, mean over the heads: normed tokens (batch_size, T, hidden_size) ->
+        (batch_size, T)."""
+        query = self.q_norm(self.q_proj(hidden_states[:, :1]).unflatten(-1, (-1, self.head_dim)))
+        keys = self.keys(hidden_states).unflatten(-1, (-1, self.head_dim))
+        return (torch.einsum("bqhd,bkhd->bhk", query, keys) * self.scaling).softmax(-1).mean(1)
 
 
 class AiluRusMLP(nn.Module):

@@ -1,11 +1,12 @@
 """Plain vision transformer with adaptive resolution (AiluRus, arXiv 2311.01197).
 
-The method is in `AiluRusModel._run_layers`: at `config.cluster_layer` the patch tokens are clustered and merged, the
-following layers run on the short sequence with size-weighted attention, and the full grid is unfolded afterwards.
+The method is in `AiluRusModel._run_layers`: at `config.cluster_layer` the patch tokens are grouped and merged, the
+following layers run on the short sequence with size-weighted attention, and the full grid is unfolded afterwards. What
+grouping, merging and unfolding are is in `reduction.py`.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,10 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_ailurus import AiluRusConfig
-from .grouping_density_peaks import cluster_tokens, resolve_num_clusters
-from .layers_ailurus import AiluRusLayer, AiluRusLayerScale, LayerShape
-from .token_groups import TokenGroups, group_tokens, merge_tokens, unfold_tokens
+from .heads_segmentation import HEADS, AiluRusMaskTransformerHead
+from .layers_ailurus import AiluRusLayer, AiluRusLayerScale, LayerShape, check_keywords
+from .reduction import Reduction, ReductionContext, build_reducer, groups_of, hints_of, merge_places, reduce_sequence
+from .settings import AdaptiveResolutionMixin
 
 
 @dataclass
@@ -157,59 +159,6 @@ class AiluRusEmbeddings(nn.Module):
         return resized.flatten(2).transpose(1, 2).to(self.position_embeddings.dtype)
 
 
-class MergedTokens(NamedTuple):
-    """What one forward needs to run on merged tokens and to come back.
-
-    Attributes:
-        groups: the clusters.
-        log_sizes: (batch_size, prefix + M) float32, logarithm of the sizes, 0 for prefix tokens.
-        residual: (batch_size, N, hidden_size), each token minus its cluster's mean; None for `unfold="copy"`.
-    """
-
-    groups: TokenGroups
-    log_sizes: Tensor
-    residual: Tensor | None
-
-
-class AiluRusMergeLayer(nn.Module):
-    """Clusters patch tokens and merges each cluster into its mean; prefix tokens pass untouched. Has no parameters."""
-
-    def __init__(self, config: AiluRusConfig):
-        super().__init__()
-        self.config = config
-
-    def forward(self, hidden_states: Tensor, grid: tuple[int, int]) -> tuple[Tensor, MergedTokens | None]:
-        """(batch_size, prefix + N, hidden_size) -> (batch_size, prefix + M, hidden_size); None if nothing merges."""
-        config, num_prefix = self.config, self.config.num_prefix_tokens
-        num_tokens = grid[0] * grid[1]
-        num_clusters = resolve_num_clusters(num_tokens, config.keep_ratio, config.num_clusters)
-        if num_clusters == num_tokens:
-            return hidden_states, None
-        tokens = hidden_states[:, num_prefix:]
-        assignment, representatives = cluster_tokens(
-            tokens,
-            grid,
-            num_clusters,
-            num_neighbors=config.num_neighbors,
-            neighborhood_size=config.neighborhood_size,
-            spatial_alpha=config.spatial_alpha,
-        )
-        groups = group_tokens(assignment, num_clusters, representatives)
-        merged = merge_tokens(tokens, groups)
-        residual = tokens - unfold_tokens(merged, groups) if config.unfold == "residual" else None
-        log_sizes = F.pad(groups.sizes.float().log(), (num_prefix, 0))
-        hidden_states = torch.cat([hidden_states[:, :num_prefix], merged], dim=1)
-        return hidden_states, MergedTokens(groups, log_sizes, residual)
-
-    def unfold(self, hidden_states: Tensor, merged: MergedTokens) -> Tensor:
-        """(batch_size, prefix + M, hidden_size) -> (batch_size, prefix + N, hidden_size)."""
-        num_prefix = self.config.num_prefix_tokens
-        tokens = unfold_tokens(hidden_states[:, num_prefix:], merged.groups)
-        if merged.residual is not None:
-            tokens = tokens + merged.residual
-        return torch.cat([hidden_states[:, :num_prefix], tokens], dim=1)
-
-
 class AiluRusPreTrainedModel(PreTrainedModel):
     config: AiluRusConfig
     base_model_prefix = "ailurus"
@@ -247,7 +196,7 @@ class AiluRusModel(AiluRusPreTrainedModel):
         self.embeddings = AiluRusEmbeddings(config)
         depth = config.num_hidden_layers
         self.layers = nn.ModuleList(AiluRusLayer(config, _encoder_shape(config, index)) for index in range(depth))
-        self.merge = AiluRusMergeLayer(config)
+        self.reducer = build_reducer(config)
         eps = config.layer_norm_eps
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=eps) if config.use_final_norm else nn.Identity()
         self.pooler_norm = nn.LayerNorm(config.pooled_size, eps=eps) if config.use_pooler_norm else nn.Identity()
@@ -262,6 +211,8 @@ class AiluRusModel(AiluRusPreTrainedModel):
         pixel_values: Tensor,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
+        keep_ratio: float | None = None,
+        num_clusters: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AiluRusModelOutput:
         """Run the encoder.
@@ -270,10 +221,18 @@ class AiluRusModel(AiluRusPreTrainedModel):
             pixel_values: (batch_size, num_channels, height, width), any height and width of at least one patch.
             output_hidden_states: True for all, or the indices of those wanted (the others are None).
             output_attentions: whether to return attention weights; needs `attn_implementation="eager"`.
-            kwargs: accepted for compatibility with callers that pass more, and ignored.
+            keep_ratio, num_clusters: the budget of this call in place of the configuration's.
+            kwargs: what transformers passes to any model; ignored.
+
+        Raises:
+            TypeError: a keyword that neither the model nor transformers knows.
         """
+        check_keywords(self, kwargs)
+        settings = self.config.current(keep_ratio=keep_ratio, num_clusters=num_clusters)
         grid = self.config.patch_grid(*pixel_values.shape[-2:])
-        output = self._run_layers(self.embeddings(pixel_values), grid, output_hidden_states, output_attentions)
+        output = self._run_layers(
+            self.embeddings(pixel_values), grid, settings, output_hidden_states, output_attentions
+        )
         output.last_hidden_state = self.layernorm(output.last_hidden_state)
         output.pooler_output = self.pooler_norm(self._pool(output.last_hidden_state))
         return output
@@ -282,6 +241,7 @@ class AiluRusModel(AiluRusPreTrainedModel):
         self,
         hidden_states: Tensor,
         grid: tuple[int, int],
+        settings: AdaptiveResolutionMixin,
         output_hidden_states: bool | int | list[int] | None,
         output_attentions: bool | None,
     ) -> AiluRusModelOutput:
@@ -294,27 +254,65 @@ class AiluRusModel(AiluRusPreTrainedModel):
             )
         all_hidden_states: tuple[Tensor | None, ...] = (hidden_states if 0 in wanted else None,)
         all_attentions: tuple[Tensor | None, ...] = ()
-        merged_layers = self.config.merged_layers(len(self.layers))
-        merged, groups = None, None
+        merged_layers = settings.merged_layers(len(self.layers))
+        places = merge_places(settings, merged_layers)
+        reduction: Reduction | None = None
+        previous = hidden_states
         for index, layer in enumerate(self.layers):
-            if index == merged_layers.start:
-                hidden_states, merged = self.merge(hidden_states, grid)
-                groups = merged.groups if merged is not None else None
-            hidden_states, weights = layer(hidden_states, None if merged is None else merged.log_sizes)
-            if merged is not None and index == merged_layers.stop - 1:
-                hidden_states, merged = self.merge.unfold(hidden_states, merged), None
+            if index in places:
+                reduction = self._reduce(index, hidden_states, previous, grid, settings, reduction) or reduction
+                hidden_states = hidden_states if reduction is None else reduction.tokens
+            active = reduction if index in merged_layers else None
+            previous = hidden_states
+            hidden_states, weights = layer(hidden_states, None if active is None else active.log_sizes)
             dense = hidden_states
-            if merged is not None and index + 1 in wanted:
-                dense = self.merge.unfold(hidden_states, merged)
+            if active is not None and (index + 1 in wanted or index == merged_layers[-1]):
+                dense = active.restore(hidden_states)
+            if index == merged_layers[-1]:
+                hidden_states = dense
             all_hidden_states += (dense if index + 1 in wanted else None,)
             all_attentions += (weights,)
-        assignment, sizes = _grouping(groups, hidden_states, self.config.num_prefix_tokens)
+        assignment, sizes = groups_of(reduction, hidden_states, self.config.num_prefix_tokens)
         return AiluRusModelOutput(
             last_hidden_state=hidden_states,
             hidden_states=all_hidden_states if wanted else None,
             attentions=all_attentions if output_attentions else None,
             assignment=assignment,
             group_sizes=sizes,
+        )
+
+    def _reduce(
+        self,
+        index: int,
+        hidden_states: Tensor,
+        previous: Tensor,
+        grid: tuple[int, int],
+        settings: AdaptiveResolutionMixin,
+        reduction: Reduction | None,
+    ) -> Reduction | None:
+        """Reduce before a layer; `previous` are the hidden states before the layer that ran last."""
+        layer: Any = self.layers[index]
+        num_prefix = self.config.num_prefix_tokens
+
+        def class_attention() -> Tensor:
+            return layer.attention.class_attention(layer.layernorm_before(hidden_states))[:, num_prefix:]
+
+        context = ReductionContext(
+            norm=layer.layernorm_before,
+            keys=lambda: layer.attention.keys(layer.layernorm_before(hidden_states[:, num_prefix:])),
+            previous=lambda: previous[:, num_prefix:],
+            class_attention=class_attention if self.config.use_cls_token else None,
+            reduction=None if reduction is None else reduction.of_patches,
+            **hints_of(self.config),
+        )
+        return reduce_sequence(
+            hidden_states,
+            grid,
+            settings.num_groups(grid[0] * grid[1]),
+            settings,
+            context,
+            num_prefix=num_prefix,
+            method=self.reducer if settings.grouping == self.config.grouping else None,
         )
 
     def _pool(self, last_hidden_state: Tensor) -> Tensor:
@@ -350,15 +348,6 @@ def _wanted_hidden_states(config: AiluRusConfig, requested: bool | int | list[in
     return {index % count for index in indices if -count <= index < count}
 
 
-def _grouping(groups: TokenGroups | None, hidden_states: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
-    """Assignment and sizes; where nothing was merged, every token is its own cluster."""
-    if groups is not None:
-        return groups.assignment, groups.sizes
-    index = torch.arange(hidden_states.shape[1] - num_prefix, device=hidden_states.device)
-    assignment = index.expand(hidden_states.shape[0], -1)
-    return assignment, torch.ones_like(assignment)
-
-
 class AiluRusBackbone(BackboneMixin, AiluRusModel):
     """`AiluRusModel` as a backbone: feature maps on the full grid at `config.out_features`."""
 
@@ -372,15 +361,19 @@ class AiluRusBackbone(BackboneMixin, AiluRusModel):
         pixel_values: Tensor,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
+        keep_ratio: float | None = None,
+        num_clusters: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AiluRusBackboneOutput:
         """Arguments as in `AiluRusModel`. Feature maps are (batch_size, hidden_size, rows, columns) on the patch grid,
         or (batch_size, prefix + N, hidden_size) with `config.reshape_hidden_states=False`; the final norm is applied
         unless `config.apply_layernorm=False`."""
+        check_keywords(self, kwargs)
+        settings = self.config.current(keep_ratio=keep_ratio, num_clusters=num_clusters)
         requested = _wanted_hidden_states(self.config, output_hidden_states)
         stages = [self.stage_names.index(name) for name in self.out_features]
-        grid = self.config.patch_grid(*pixel_values.shape[-2:])
-        output = self._run_layers(self.embeddings(pixel_values), grid, sorted({*requested, *stages}), output_attentions)
+        grid, wanted = self.config.patch_grid(*pixel_values.shape[-2:]), sorted({*requested, *stages})
+        output = self._run_layers(self.embeddings(pixel_values), grid, settings, wanted, output_attentions)
         return AiluRusBackboneOutput(
             feature_maps=tuple(self._feature_map(output.hidden_states[stage], grid) for stage in stages),
             hidden_states=tuple(h if i in requested else None for i, h in enumerate(output.hidden_states))
@@ -399,99 +392,13 @@ class AiluRusBackbone(BackboneMixin, AiluRusModel):
         return hidden_states[:, self.config.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid).contiguous()
 
 
-class AiluRusLinearHead(nn.Module):
-    """Segmenter's linear decoder: one linear layer on each patch token."""
-
-    def __init__(self, config: AiluRusConfig):
-        super().__init__()
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-
-    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Patch tokens (batch_size, N, hidden_size) -> logits (batch_size, num_labels, rows, columns)."""
-        return self.classifier(patches).transpose(1, 2).unflatten(2, grid)
-
-
-class AiluRusMaskTransformerHead(nn.Module):
-    """Segmenter's mask transformer (arXiv 2105.05633, section 3.2).
-
-    Class tokens join the patch tokens in a few transformer layers; the logit of a patch for a class is the cosine of
-    the two, normalised over classes.
-    """
-
-    def __init__(self, config: AiluRusConfig):
-        super().__init__()
-        size = config.hidden_size
-        shape = LayerShape(
-            # One head per 64 channels, whatever the encoder has: the original's rule.
-            num_attention_heads=config.decoder_num_attention_heads or max(size // 64, 1),
-            intermediate_size=config.decoder_intermediate_size or 4 * size,
-            layer_norm_eps=config.decoder_layer_norm_eps or config.layer_norm_eps,
-            dropout=config.decoder_dropout_prob,
-        )
-        self.projection = nn.Linear(size, size)
-        self.class_tokens = nn.Parameter(torch.zeros(1, config.num_labels, size))
-        self.layers = nn.ModuleList(AiluRusLayer(config, shape) for _ in range(config.decoder_num_layers))
-        self.layernorm = nn.LayerNorm(size, eps=shape.layer_norm_eps)
-        self.patch_projection = nn.Linear(size, size, bias=False)
-        self.class_projection = nn.Linear(size, size, bias=False)
-        self.mask_norm = nn.LayerNorm(config.num_labels, eps=shape.layer_norm_eps)
-
-    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Patch tokens (batch_size, N, hidden_size) -> logits (batch_size, num_labels, rows, columns)."""
-        num_patches = patches.shape[1]
-        class_tokens = self.class_tokens.expand(patches.shape[0], -1, -1)
-        hidden_states = torch.cat([self.projection(patches), class_tokens], dim=1)
-        for layer in self.layers:
-            hidden_states, _ = layer(hidden_states)
-        hidden_states = self.layernorm(hidden_states)
-        patches = F.normalize(self.patch_projection(hidden_states[:, :num_patches]), dim=-1)
-        classes = F.normalize(self.class_projection(hidden_states[:, num_patches:]), dim=-1)
-        return self.mask_norm(patches @ classes.transpose(1, 2)).transpose(1, 2).unflatten(2, grid)
-
-
-class AiluRusProgressiveUpsamplingHead(nn.Module):
-    """SETR's decoders by upsampling (arXiv 2012.15840, section 3.2).
-
-    Convolutions alternate with bilinear upsampling: four 3 x 3 ones and factor 2 are progressive upsampling (PUP), a
-    single 1 x 1 one is the naive decoder.
-    """
-
-    def __init__(self, config: AiluRusConfig):
-        super().__init__()
-        size, kernel = config.decoder_hidden_size or config.hidden_size, config.decoder_kernel_size
-        widths = [config.hidden_size] + [size] * (config.decoder_num_layers - 1)
-        self.upscale = config.decoder_upscale
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.decoder_layer_norm_eps or config.layer_norm_eps)
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(width, size, kernel, padding=kernel // 2, bias=False) for width in widths
-        )
-        self.batch_norms = nn.ModuleList(nn.BatchNorm2d(size) for _ in widths)
-        self.dropout = nn.Dropout2d(config.decoder_dropout_prob)
-        self.classifier = nn.Conv2d(size, config.num_labels, 1)
-
-    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Patch tokens (batch_size, N, hidden_size) -> logits (batch_size, num_labels, rows', columns'), each side of
-        the grid times `decoder_upscale` per convolution."""
-        maps = self.layernorm(patches).transpose(1, 2).unflatten(2, grid)
-        for convolution, batch_norm in zip(self.convolutions, self.batch_norms, strict=True):
-            maps = F.relu(batch_norm(convolution(maps)))
-            size = (maps.shape[2] * self.upscale, maps.shape[3] * self.upscale)
-            maps = F.interpolate(maps, size=size, mode="bilinear")
-        return self.classifier(self.dropout(maps))
-
-
 class AiluRusForSemanticSegmentation(AiluRusPreTrainedModel):
-    """AiluRus encoder with Segmenter's or SETR's head, see `config.decoder_type`."""
+    """AiluRus encoder with Segmenter's or SETR's head, see `config.decode_head`."""
 
     def __init__(self, config: AiluRusConfig):
         super().__init__(config)
         self.ailurus = AiluRusModel(config)
-        heads: dict[str, type[nn.Module]] = {
-            "linear": AiluRusLinearHead,
-            "mask_transformer": AiluRusMaskTransformerHead,
-            "progressive_upsampling": AiluRusProgressiveUpsamplingHead,
-        }
-        self.decode_head = heads[config.decoder_type](config)
+        self.decode_head = HEADS[config.decode_head.type](config)
         self.post_init()
 
     @can_return_tuple
@@ -501,6 +408,8 @@ class AiluRusForSemanticSegmentation(AiluRusPreTrainedModel):
         labels: Tensor | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
+        keep_ratio: float | None = None,
+        num_clusters: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AiluRusSemanticSegmenterOutput:
         """Segment images.
@@ -509,9 +418,12 @@ class AiluRusForSemanticSegmentation(AiluRusPreTrainedModel):
             pixel_values: (batch_size, num_channels, height, width), any height and width of at least one patch.
             labels: (batch_size, height, width) int64, class of each pixel; `config.semantic_loss_ignore_index` marks
                 pixels that the loss leaves out.
-            output_hidden_states, output_attentions, kwargs: as in `AiluRusModel`.
+            output_hidden_states, output_attentions, keep_ratio, num_clusters, kwargs: as in `AiluRusModel`.
         """
-        output = self.ailurus(pixel_values, output_hidden_states, output_attentions, return_dict=True)
+        check_keywords(self, kwargs)
+        output = self.ailurus(
+            pixel_values, output_hidden_states, output_attentions, keep_ratio, num_clusters, return_dict=True
+        )
         height, width = pixel_values.shape[-2:]
         grid = self.config.patch_grid(height, width)
         patches = output.last_hidden_state[:, self.config.num_prefix_tokens :]
@@ -558,6 +470,8 @@ class AiluRusForImageClassification(AiluRusPreTrainedModel):
         labels: Tensor | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
+        keep_ratio: float | None = None,
+        num_clusters: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AiluRusImageClassifierOutput:
         """Classify images.
@@ -565,9 +479,12 @@ class AiluRusForImageClassification(AiluRusPreTrainedModel):
         Args:
             pixel_values: (batch_size, num_channels, height, width), any height and width of at least one patch.
             labels: (batch_size,) int64, class of each image; or float, see `config.problem_type`.
-            output_hidden_states, output_attentions, kwargs: as in `AiluRusModel`.
+            output_hidden_states, output_attentions, keep_ratio, num_clusters, kwargs: as in `AiluRusModel`.
         """
-        output = self.ailurus(pixel_values, output_hidden_states, output_attentions, return_dict=True)
+        check_keywords(self, kwargs)
+        output = self.ailurus(
+            pixel_values, output_hidden_states, output_attentions, keep_ratio, num_clusters, return_dict=True
+        )
         logits = self.classifier(output.pooler_output)
         if self.distillation_classifier is not None:
             distilled = output.last_hidden_state[:, int(self.config.use_cls_token)]

@@ -8,10 +8,10 @@ get it.
 Parameters have the names of transformers' own SegFormer.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Unpack
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
@@ -23,12 +23,20 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_ailurus_segformer import AiluRusSegformerConfig
-from .grouping_density_peaks import cluster_tokens, resolve_num_clusters
-from .layers_ailurus import AiluRusDropPath, eager_attention_forward
+from .heads_segmentation import AiluRusSegformerDecodeHead
+from .layers_ailurus import (
+    AiluRusDropPath,
+    check_keywords,
+    eager_attention_forward,
+    map_to_tokens,
+    tokens_to_map,
+)
+from .reduction import Reduction, ReductionContext, build_reducer, groups_of, hints_of, merge_places, reduce
+from .settings import StageResolutionMixin, resolve_num_groups
 from .size_weighted_attention import size_weighted_attention
-from .token_groups import TokenGroups, group_tokens, merge_tokens, unfold_tokens
 
 Grid = tuple[int, int]
+OnTokens = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -65,40 +73,6 @@ class AiluRusSegformerSegmenterOutput(SemanticSegmenterOutput):
     group_sizes: tuple[Tensor, ...] | None = None
 
 
-def _to_map(tokens: Tensor, grid: Grid) -> Tensor:
-    """Tokens (batch_size, N, channels) as a map (batch_size, channels, rows, columns); shares memory.
-
-    The rows are unfolded before the axes are swapped. In the other order a batch of one gets strides that PyTorch does
-    not recognise as channels-last, and convolutions on the CPU fall back to paths up to 20 times slower.
-    """
-    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
-
-
-def _to_tokens(feature_map: Tensor) -> Tensor:
-    """Map (batch_size, channels, rows, columns) as tokens (batch_size, N, channels); shares memory."""
-    return feature_map.flatten(2).transpose(1, 2)
-
-
-class MergedGrid(NamedTuple):
-    """What the blocks of a stage need to run on merged tokens, and to come back.
-
-    Attributes:
-        groups: the clusters.
-        log_sizes: (batch_size, M) float32, logarithm of the sizes.
-        residual: (batch_size, N, channels), each token minus its cluster's mean; None for `unfold="copy"`.
-    """
-
-    groups: TokenGroups
-    log_sizes: Tensor
-    residual: Tensor | None
-
-
-def unfold_grid(merged_tokens: Tensor, groups: TokenGroups, residual: Tensor | None) -> Tensor:
-    """Merged tokens (batch_size, M, channels) -> the tokens of the grid (batch_size, N, channels)."""
-    tokens = unfold_tokens(merged_tokens, groups)
-    return tokens if residual is None else tokens + residual
-
-
 class AiluRusSegformerPatchEmbeddings(nn.Module):
     """Overlapping patches: a strided convolution, then a LayerNorm."""
 
@@ -113,7 +87,7 @@ class AiluRusSegformerPatchEmbeddings(nn.Module):
     def forward(self, feature_map: Tensor) -> tuple[Tensor, Grid]:
         """Map (batch_size, channels, height, width) -> tokens (batch_size, N, hidden_size), their grid."""
         patches = self.proj(feature_map.to(self.proj.weight.dtype))
-        return self.layer_norm(_to_tokens(patches)), (patches.shape[2], patches.shape[3])
+        return self.layer_norm(map_to_tokens(patches)), (patches.shape[2], patches.shape[3])
 
 
 class AiluRusSegformerReduction(nn.Module):
@@ -128,7 +102,7 @@ class AiluRusSegformerReduction(nn.Module):
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """Tokens of the whole grid (batch_size, N, hidden_size) -> (batch_size, about N / ratio^2, hidden_size)."""
-        return self.layer_norm(_to_tokens(self.sequence_reduction(_to_map(tokens, grid))))
+        return self.layer_norm(map_to_tokens(self.sequence_reduction(tokens_to_map(tokens, grid))))
 
 
 class AiluRusSegformerAttention(nn.Module):
@@ -197,7 +171,7 @@ class AiluRusSegformerDepthwiseConv(nn.Module):
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """Tokens of the whole grid (batch_size, N, size) -> same."""
-        return _to_tokens(self.dwconv(_to_map(tokens, grid)))
+        return map_to_tokens(self.dwconv(tokens_to_map(tokens, grid)))
 
 
 class AiluRusSegformerMLP(nn.Module):
@@ -217,13 +191,15 @@ class AiluRusSegformerMLP(nn.Module):
         self.fc2 = nn.Linear(hidden_size, size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, tokens: Tensor, grid: Grid, groups: TokenGroups | None = None) -> Tensor:
-        """(batch_size, T, hidden_size) -> same; T is the number of groups, or of the grid's tokens without groups."""
+    def forward(
+        self, tokens: Tensor, grid: Grid, merge: OnTokens | None = None, spread: OnTokens | None = None
+    ) -> Tensor:
+        """(batch_size, T, hidden_size) -> same; merged tokens where `merge` and `spread` are given, see `Reduction`."""
         hidden = self.fc1(tokens)
-        if groups is None:
+        if merge is None or spread is None:
             hidden = self.dwconv(hidden, grid)
         else:
-            hidden = merge_tokens(self.dwconv(unfold_tokens(hidden, groups), grid), groups)
+            hidden = merge(self.dwconv(spread(hidden), grid))
         return self.dropout(self.fc2(self.dropout(self.activation_fn(hidden))))
 
 
@@ -244,22 +220,22 @@ class AiluRusSegformerBlock(GradientCheckpointingLayer):
         self,
         hidden_states: Tensor,
         grid: Grid,
-        groups: TokenGroups | None = None,
+        merge: OnTokens | None = None,
+        spread: OnTokens | None = None,
         log_sizes: Tensor | None = None,
-        residual: Tensor | None = None,  # by itself, not inside a tuple, where reentrant checkpointing would miss it
+        residual: Tensor | None = None,  # by itself: reentrant checkpointing would miss it inside a record
     ) -> tuple[Tensor, Tensor | None]:
-        """Tokens (batch_size, T, hidden_size) -> tokens, attention weights. Merged if `groups` is given; the other
-        arguments as in `MergedGrid`."""
+        """Tokens (batch_size, T, hidden_size) -> tokens, attention weights. Merged if `spread` is given; the arguments
+        from there on are those of a `Reduction`."""
         queries = context = self.layernorm_before(hidden_states)
-        if groups is not None and self.attention.sequence_reduction is not None:
+        if spread is not None and self.attention.sequence_reduction is not None:
             log_sizes = None
-            if residual is None:
-                context = unfold_tokens(queries, groups)  # norm of copies = copies of the norm
-            else:
-                context = self.layernorm_before(unfold_grid(hidden_states, groups, residual))
+            # The norm of copies is copies of the norm.
+            copied = spread(queries) if residual is None else spread(hidden_states) + residual
+            context = copied if residual is None else self.layernorm_before(copied)
         attended, weights = self.attention(queries, context, grid, log_sizes)
         hidden_states = hidden_states + self.drop_path(self.hidden_dropout(attended))
-        transformed = self.mlp(self.layernorm_after(hidden_states), grid, groups)
+        transformed = self.mlp(self.layernorm_after(hidden_states), grid, merge, spread)
         return hidden_states + self.drop_path(transformed), weights
 
 
@@ -268,8 +244,8 @@ class StageOutput(NamedTuple):
 
     feature_map: Tensor
     attentions: tuple[Tensor | None, ...]
-    assignment: Tensor
-    group_sizes: Tensor
+    assignment: Tensor | None
+    group_sizes: Tensor | None
 
 
 class AiluRusSegformerStage(nn.Module):
@@ -286,43 +262,60 @@ class AiluRusSegformerStage(nn.Module):
             for index in range(config.depths[stage])
         )
         self.layer_norm = nn.LayerNorm(config.hidden_sizes[stage], eps=config.layer_norm_eps)
+        self.reducer = build_reducer(config)
 
-    def forward(self, feature_map: Tensor) -> StageOutput:
+    def forward(self, feature_map: Tensor, settings: StageResolutionMixin) -> StageOutput:
         """Map (batch_size, channels, height, width) of the image or the stage before -> this stage's output."""
         tokens, grid = self.patch_embeddings(feature_map)
-        assignment = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
-        sizes = torch.ones_like(assignment)
         attentions: tuple[Tensor | None, ...] = ()
-        merged_blocks, merged = self.config.merged_blocks(self.stage), None
+        merged_blocks = settings.blocks_of_stage(self.stage, self.config.depths)
+        places = merge_places(settings, merged_blocks) if merged_blocks else ()
+        reduction: Reduction | None = None
+        previous = tokens
         for index, block in enumerate(self.blocks):
-            if index == merged_blocks.start and merged_blocks:
-                tokens, merged = self.merge(tokens, grid)
-                if merged is not None:
-                    assignment, sizes = merged.groups.assignment, merged.groups.sizes
-            tokens, weights = block(tokens, grid, *(merged or ()))
+            if index in places:
+                reduction = self._reduce(index, tokens, previous, grid, settings, reduction) or reduction
+                tokens = tokens if reduction is None else reduction.tokens
+            previous = tokens
+            if reduction is not None and index in merged_blocks:
+                tokens, weights = block(
+                    tokens, grid, reduction.merge, reduction.spread, reduction.log_sizes, reduction.residual
+                )
+                tokens = reduction.restore(tokens) if index == merged_blocks[-1] else tokens
+            else:
+                tokens, weights = block(tokens, grid)
             attentions += (weights,)
-            if merged is not None and index == merged_blocks.stop - 1:
-                tokens, merged = unfold_grid(tokens, merged.groups, merged.residual), None
-        return StageOutput(_to_map(self.layer_norm(tokens), grid).contiguous(), attentions, assignment, sizes)
+        feature_map = tokens_to_map(self.layer_norm(tokens), grid).contiguous()
+        return StageOutput(feature_map, attentions, *groups_of(reduction, tokens))
 
-    def merge(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, MergedGrid | None]:
-        """(batch_size, N, channels) -> (batch_size, M, channels); None if as many clusters as tokens are asked for."""
-        config, num_tokens = self.config, tokens.shape[1]
-        num_clusters = resolve_num_clusters(num_tokens, config.stage_ratios[self.stage], config.num_clusters)
-        if num_clusters == num_tokens:
-            return tokens, None
-        assignment, representatives = cluster_tokens(
-            tokens,
-            grid,
-            num_clusters,
-            num_neighbors=config.num_neighbors,
-            neighborhood_size=config.neighborhood_size,
-            spatial_alpha=config.spatial_alpha,
+    def _reduce(
+        self,
+        index: int,
+        tokens: Tensor,
+        previous: Tensor,
+        grid: Grid,
+        settings: StageResolutionMixin,
+        reduction: Reduction | None,
+    ) -> Reduction | None:
+        """Reduce before a block; `previous` are the tokens before the block that ran last."""
+        block: Any = self.blocks[index]
+        ratio = settings.ratios(len(self.config.depths))[self.stage]
+        context = ReductionContext(
+            norm=block.layernorm_before,
+            keys=lambda: block.attention.k_proj(block.layernorm_before(tokens)),
+            previous=lambda: previous,
+            reduction=reduction,
+            **hints_of(self.config),
         )
-        groups = group_tokens(assignment, num_clusters, representatives)
-        merged = merge_tokens(tokens, groups)
-        residual = tokens - unfold_tokens(merged, groups) if config.unfold == "residual" else None
-        return merged, MergedGrid(groups, groups.sizes.float().log(), residual)
+        method = self.reducer if settings.grouping == self.config.grouping else None
+        num_groups = resolve_num_groups(grid[0] * grid[1], ratio, settings.num_clusters)
+        reduced = reduce(tokens, grid, num_groups, settings, context, method)
+        if reduced is not None and (reduced.merge is None or reduced.spread is None):
+            raise ValueError(
+                f"grouping {settings.grouping!r} has no merge and spread, which SegFormer's blocks need to look at the "
+                "grid in between; choose another grouping"
+            )
+        return reduced
 
 
 class AiluRusSegformerPreTrainedModel(PreTrainedModel):
@@ -359,6 +352,9 @@ class AiluRusSegformerModel(AiluRusSegformerPreTrainedModel):
         pixel_values: Tensor,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
+        keep_ratio: float | None = None,
+        num_clusters: int | None = None,
+        stage_keep_ratios: Sequence[float] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AiluRusSegformerModelOutput:
         """Run the encoder.
@@ -368,14 +364,24 @@ class AiluRusSegformerModel(AiluRusSegformerPreTrainedModel):
             output_hidden_states: True for the feature maps of all stages, or the indices of those wanted (the others
                 are None).
             output_attentions: whether to return attention weights; needs `attn_implementation="eager"`.
-            kwargs: accepted for compatibility with callers that pass more, and ignored.
+            keep_ratio, num_clusters, stage_keep_ratios: the budget of this call in place of the configuration's.
+            kwargs: what transformers passes to any model; ignored.
+
+        Raises:
+            TypeError: a keyword that neither the model nor transformers knows.
         """
-        stages = self.run_stages(pixel_values, output_attentions)
+        check_keywords(self, kwargs)
+        settings = self.config.current(
+            keep_ratio=keep_ratio, num_clusters=num_clusters, stage_keep_ratios=stage_keep_ratios
+        )
+        stages = self._run_stages(pixel_values, settings, output_attentions)
         return AiluRusSegformerModelOutput(
             last_hidden_state=stages[-1].feature_map, **_shared_outputs(self.config, stages, output_hidden_states)
         )
 
-    def run_stages(self, pixel_values: Tensor, output_attentions: bool | None = None) -> list[StageOutput]:
+    def _run_stages(
+        self, pixel_values: Tensor, settings: StageResolutionMixin, output_attentions: bool | None
+    ) -> list[StageOutput]:
         """What every stage computes from pixels (batch_size, num_channels, height, width)."""
         self._check(pixel_values)
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
@@ -387,7 +393,7 @@ class AiluRusSegformerModel(AiluRusSegformerPreTrainedModel):
         outputs: list[StageOutput] = []
         feature_map = pixel_values
         for stage in self.stages:
-            output = stage(feature_map)
+            output = stage(feature_map, settings)
             outputs.append(output if output_attentions else output._replace(attentions=()))
             feature_map = output.feature_map
         return outputs
@@ -414,8 +420,20 @@ class AiluRusSegformerModel(AiluRusSegformerPreTrainedModel):
 def _shared_outputs(
     config: AiluRusSegformerConfig, stages: list[StageOutput], requested: bool | int | list[int] | None
 ) -> dict[str, Any]:
-    """The outputs that all models have, from a flag, an index or a list of indices of the feature maps wanted."""
-    count = len(stages)
+    """The outputs that all models have."""
+    return {
+        "hidden_states": _requested_maps(config, [stage.feature_map for stage in stages], requested),
+        "attentions": sum((stage.attentions for stage in stages), start=()) or None,
+        "assignment": tuple(stage.assignment for stage in stages),
+        "group_sizes": tuple(stage.group_sizes for stage in stages),
+    }
+
+
+def _requested_maps(
+    config: AiluRusSegformerConfig, feature_maps: Sequence[Tensor], requested: bool | int | list[int] | None
+) -> tuple[Tensor | None, ...] | None:
+    """The feature maps that a flag, an index or a list of indices asks for, None in the place of the others."""
+    count = len(feature_maps)
     if requested is None:
         requested = config.output_hidden_states
     if isinstance(requested, bool):
@@ -423,13 +441,8 @@ def _shared_outputs(
     else:
         indices = [requested] if isinstance(requested, int) else requested
         wanted = {index % count for index in indices if -count <= index < count}
-    feature_maps = tuple(stage.feature_map if index in wanted else None for index, stage in enumerate(stages))
-    return {
-        "hidden_states": feature_maps if wanted else None,
-        "attentions": sum((stage.attentions for stage in stages), start=()) or None,
-        "assignment": tuple(stage.assignment for stage in stages),
-        "group_sizes": tuple(stage.group_sizes for stage in stages),
-    }
+    chosen = tuple(feature_map if index in wanted else None for index, feature_map in enumerate(feature_maps))
+    return chosen if wanted else None
 
 
 class AiluRusSegformerBackbone(BackboneMixin, AiluRusSegformerModel):
@@ -445,78 +458,22 @@ class AiluRusSegformerBackbone(BackboneMixin, AiluRusSegformerModel):
         pixel_values: Tensor,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
+        keep_ratio: float | None = None,
+        num_clusters: int | None = None,
+        stage_keep_ratios: Sequence[float] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AiluRusSegformerBackboneOutput:
         """Arguments as in `AiluRusSegformerModel`. Feature maps are (batch_size, channels, rows, columns), after the
         stage's norm."""
-        stages = self.run_stages(pixel_values, output_attentions)
+        check_keywords(self, kwargs)
+        settings = self.config.current(
+            keep_ratio=keep_ratio, num_clusters=num_clusters, stage_keep_ratios=stage_keep_ratios
+        )
+        stages = self._run_stages(pixel_values, settings, output_attentions)
         feature_maps = tuple(stages[self.stage_names.index(name)].feature_map for name in self.out_features)
         return AiluRusSegformerBackboneOutput(
             feature_maps=feature_maps, **_shared_outputs(self.config, stages, output_hidden_states)
         )
-
-
-class AiluRusSegformerProjection(nn.Module):
-    """Brings one stage's feature map to the width of the head: a linear layer, with batch norm and ReLU in "conv"."""
-
-    def __init__(self, config: AiluRusSegformerConfig, stage: int):
-        super().__init__()
-        with_norm = config.decoder_type == "conv"
-        self.proj = nn.Linear(config.hidden_sizes[stage], config.decoder_hidden_size, bias=not with_norm)
-        self.batch_norm = nn.BatchNorm2d(config.decoder_hidden_size, eps=config.batch_norm_eps) if with_norm else None
-
-    def forward(self, feature_map: Tensor, fusion: Tensor) -> Tensor:
-        """This stage's summand of the fused map, on the stage's own grid.
-
-        Args:
-            feature_map: (batch_size, channels, rows, columns).
-            fusion: (decoder_hidden_size, decoder_hidden_size), the fusing layer's columns for this stage.
-
-        Returns:
-            (batch_size, decoder_hidden_size, rows, columns).
-        """
-        tokens, grid = _to_tokens(feature_map).contiguous(), (feature_map.shape[2], feature_map.shape[3])
-        if self.batch_norm is None:
-            # Two linear layers in a row are one, with far fewer operations: the input is the narrow side.
-            return _to_map(F.linear(tokens, fusion @ self.proj.weight, fusion @ self.proj.bias), grid)
-        hidden = F.relu(self.batch_norm(_to_map(self.proj(tokens), grid)), inplace=True)
-        return _to_map(F.linear(_to_tokens(hidden), fusion), grid)
-
-
-class AiluRusSegformerDecodeHead(nn.Module):
-    """SegFormer's all-MLP head, in two versions, see `config.decoder_type`.
-
-    Written in the papers' order, all stages are resized to the first one's grid, concatenated, and fused by a linear
-    layer on the widest tensor of the model. Resizing and a linear layer commute, since one acts on positions and the
-    other on channels. So each stage is fused on its own grid here, and the results are resized and summed: the same
-    logits to rounding, with a fraction of the operations.
-
-    The columns of the fusing layer belong to the last stage first in "linear", to the first stage first in "conv".
-    """
-
-    def __init__(self, config: AiluRusSegformerConfig):
-        super().__init__()
-        num_stages, size = len(config.depths), config.decoder_hidden_size
-        self.last_stage_first = config.decoder_type == "linear"
-        self.linear_projections = nn.ModuleList(AiluRusSegformerProjection(config, i) for i in range(num_stages))
-        self.linear_fuse = nn.Conv2d(num_stages * size, size, kernel_size=1, bias=False)
-        self.batch_norm = nn.BatchNorm2d(size, eps=config.batch_norm_eps)
-        self.dropout = nn.Dropout(config.classifier_dropout_prob)
-        self.classifier = nn.Conv2d(size, config.num_labels, kernel_size=1)
-
-    def forward(self, feature_maps: list[Tensor]) -> Tensor:
-        """Feature maps of all stages -> logits (batch_size, num_labels, rows, columns) on the first stage's grid."""
-        fusion = self.linear_fuse.weight[:, :, 0, 0].unflatten(1, (len(feature_maps), -1))
-        if self.last_stage_first:
-            fusion = fusion.flip(1)
-        size = feature_maps[0].shape[-2:]
-        stages = enumerate(zip(self.linear_projections, feature_maps, strict=True))
-        summands = [projection(feature_map, fusion[:, index]) for index, (projection, feature_map) in stages]
-        fused = summands[0]
-        for summand in summands[1:]:
-            # In place, as the ReLU below: these are the model's largest tensors, and fresh memory for them is slow.
-            fused = fused.add_(F.interpolate(summand, size=size, mode="bilinear", align_corners=False))
-        return self.classifier(self.dropout(F.relu(self.batch_norm(fused), inplace=True)))
 
 
 class AiluRusSegformerForSemanticSegmentation(AiluRusSegformerPreTrainedModel):
@@ -535,6 +492,9 @@ class AiluRusSegformerForSemanticSegmentation(AiluRusSegformerPreTrainedModel):
         labels: Tensor | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
+        keep_ratio: float | None = None,
+        num_clusters: int | None = None,
+        stage_keep_ratios: Sequence[float] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AiluRusSegformerSegmenterOutput:
         """Segment images.
@@ -543,17 +503,24 @@ class AiluRusSegformerForSemanticSegmentation(AiluRusSegformerPreTrainedModel):
             pixel_values: (batch_size, num_channels, height, width), any sides of at least `config.min_image_size`.
             labels: (batch_size, height, width) int64, class of each pixel; `config.semantic_loss_ignore_index` is left
                 out of the loss.
-            output_hidden_states, output_attentions, kwargs: as in `AiluRusSegformerModel`.
+            output_hidden_states, output_attentions, keep_ratio, num_clusters, stage_keep_ratios, kwargs: as in
+                `AiluRusSegformerModel`.
         """
+        check_keywords(self, kwargs)
         size = pixel_values.shape[-2:]
-        stages = self.segformer.run_stages(pixel_values, output_attentions)
-        logits = self.decode_head([stage.feature_map for stage in stages])
+        output = self.segformer(
+            pixel_values, True, output_attentions, keep_ratio, num_clusters, stage_keep_ratios, return_dict=True
+        )
+        logits = self.decode_head(list(output.hidden_states))
         if labels is not None or self.config.upsample_logits:
             upsampled = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         return AiluRusSegformerSegmenterOutput(
             loss=None if labels is None else self._loss(upsampled, labels),
             logits=upsampled if self.config.upsample_logits else logits,
-            **_shared_outputs(self.config, stages, output_hidden_states),
+            hidden_states=_requested_maps(self.config, output.hidden_states, output_hidden_states),
+            attentions=output.attentions,
+            assignment=output.assignment,
+            group_sizes=output.group_sizes,
         )
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -65,4 +65,5 @@ def unfold_tokens(merged: Tensor, groups: TokenGroups) -> Tensor:
     """Copy each group's token to its members: (batch_size, M, hidden_size) -> (batch_size, N, hidden_size)."""
     batch_size, num_groups, hidden_size = merged.shape
     first_group = torch.arange(batch_size, device=merged.device)[:, None] * num_groups
-    return F.embedding(groups.assignment + first_group, merged.reshape(-1, hidden_size))
+    # A model spread over several devices may end its merged layers on another one than it began them.
+    return F.embedding(groups.assignment.to(merged.device) + first_group, merged.reshape(-1, hidden_size))

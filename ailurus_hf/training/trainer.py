@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..auto import AUTO_MODELS
-from ..budget import keep_ratio_of, temporary_keep_ratio
+from ..budget import keep_ratio_of, with_budget
 from ..data.dataset import SegmentationCollator
 from ..evaluation import ConfusionMatrix, predictions_from_logits
 from ..hub.model_card import CardResult, build_model_card
@@ -109,7 +109,9 @@ class SegmentationTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`, at `eval_keep_ratio`."""
-        with temporary_keep_ratio(self.accelerator.unwrap_model(self.model), self.eval_keep_ratio):
+        if self.eval_keep_ratio is None:
+            return super().evaluation_loop(*args, **kwargs)
+        with with_budget(self.model, keep_ratio=self.eval_keep_ratio):
             return super().evaluation_loop(*args, **kwargs)
 
     def create_model_card(

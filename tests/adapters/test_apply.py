@@ -111,8 +111,7 @@ def test_selected_hidden_states_and_tuples(vit):
     every = vit(IMAGES, output_hidden_states=True).hidden_states
     some = vit(IMAGES, output_hidden_states=[2]).hidden_states
     assert some[3] is None
-    first = len(some) - 4  # before transformers 5.23 the input of the first layer is not counted
-    assert torch.equal(some[2], every[2 + 1 - first])
+    assert torch.equal(some[2], every[2])
     assert torch.equal(vit(IMAGES, output_hidden_states=True, return_dict=False)[-1][2], every[2])
 
 

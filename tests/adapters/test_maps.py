@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from ailurus_hf import apply_ailurus, remove_ailurus
-from ailurus_hf.adapters import sequence
 from ailurus_hf.adapters.controller import controllers_of
+from ailurus_hf.modeling.reduction import GROUPINGS, Grouping, reduce, registered
+from ailurus_hf.modeling.settings import AdaptiveResolutionSettings
 from tests.adapters.test_more_encoders import optional
 from tests.adapters.tester import (
     Case,
@@ -131,8 +132,15 @@ def test_global_layers_equal_attention_to_every_member_of_a_group(name, model_cl
     layer = controllers_of(model)[0].layers[1]
     seen = {}
     layer.register_forward_hook(lambda module, args, output: seen.update(map=args[0], output=output))
-    groups, choose = [], sequence.choose_groups
-    monkeypatch.setattr(sequence, "choose_groups", lambda *args: groups.append(choose(*args)) or groups[-1])
+    groups = []
+
+    def density_peaks(tokens, grid, num_groups, settings, context):
+        reduction = reduce(tokens, grid, num_groups, AdaptiveResolutionSettings(unfold=settings.unfold))
+        groups.append(reduction.groups)
+        return reduction
+
+    monkeypatch.setitem(GROUPINGS, "noted", Grouping(reduce=density_peaks))
+    apply_ailurus(model, grouping="noted")
     with torch.no_grad():
         model(square_images(1)["pixel_values"].double())
     remove_ailurus(model)
@@ -193,6 +201,5 @@ def test_maps_of_another_size_resize_their_tables():
     model = VitDetModel(VitDetConfig(**VITDET)).eval()
     inputs = {"pixel_values": random_images(2, 32, 48)}
     plain = outputs(model, inputs)
-    apply_ailurus(model, cluster_layer=1)
-    controllers_of(model)[0].choose = random_permutation
-    assert_close(outputs(model, inputs), plain)
+    with registered("permutation", Grouping(reduce=random_permutation)):
+        assert_close(outputs(apply_ailurus(model, cluster_layer=1, grouping="permutation"), inputs), plain)

@@ -5,8 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-
-# Named in some versions of transformers only.
 import transformers
 from transformers import (
     BeitBackbone,
@@ -51,9 +49,9 @@ from transformers import (
 )
 
 from ailurus_hf import apply_ailurus, remove_ailurus
-from ailurus_hf.adapters.controller import controllers_of
 from ailurus_hf.adapters.inner import PackedPositions
 from ailurus_hf.adapters.layer_call import LayerCall
+from ailurus_hf.modeling.reduction import Grouping, registered
 from tests.adapters.test_vit_like import BACKBONE, SQUARE, TINY, with_backbone
 from tests.adapters.tester import (
     Case,
@@ -412,8 +410,8 @@ def test_vjepa2_predicts_between_masks_of_all_tokens(shuffled):
     assert plain[".predictor_output.last_hidden_state"].shape[1] == 28
     apply_ailurus(model, cluster_layer=1, keep_ratio=0.25)
     if shuffled:
-        controllers_of(model)[0].choose = random_permutation
-        assert_close(outputs(model, inputs), plain)
+        with registered("permutation", Grouping(reduce=random_permutation)):
+            assert_close(outputs(apply_ailurus(model, grouping="permutation"), inputs), plain)
     else:
         merged = outputs(model, inputs)
         assert {name: value.shape for name, value in merged.items()} == {n: value.shape for n, value in plain.items()}

@@ -10,6 +10,7 @@ from transformers import ViTConfig, ViTMAEConfig, ViTMAEModel, ViTModel
 
 from ailurus_hf import apply_ailurus, remove_ailurus
 from ailurus_hf.adapters.controller import controllers_of
+from ailurus_hf.modeling.reduction import Grouping, registered
 from tests.adapters import test_more_encoders
 from tests.adapters.test_apply import IMAGES, TINY, VIT
 from tests.adapters.tester import Case, assert_close, assert_equal, differ, outputs, random_permutation
@@ -79,5 +80,5 @@ def test_relative_bias_of_interpolated_positions(name, size):
     merged = outputs(model, inputs)
     assert {key: value.shape for key, value in merged.items()} == {key: value.shape for key, value in plain.items()}
     assert differ(merged, plain)
-    controllers_of(model)[0].choose = random_permutation
-    assert_close(outputs(model, inputs), plain)
+    with registered("permutation", Grouping(reduce=random_permutation)):
+        assert_close(outputs(apply_ailurus(model, grouping="permutation"), inputs), plain)

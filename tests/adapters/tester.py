@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from ailurus_hf import apply_ailurus, remove_ailurus
 from ailurus_hf.adapters import controller as controller_module
-from ailurus_hf.adapters import map_layers, sequence
+from ailurus_hf.adapters import map_layers
 from ailurus_hf.adapters.controller import controllers_of
-from ailurus_hf.modeling.token_groups import TokenGroups, group_tokens, unfold_tokens
+from ailurus_hf.modeling.reduction import GROUPINGS, Grouping, Reduction, reduce_to_groups, registered
+from ailurus_hf.modeling.token_groups import group_tokens
 from tests.factories import random_images
 
 STATES = (controller_module._STATES, map_layers._STATES)
@@ -126,10 +127,31 @@ def differ(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return any(not torch.equal(first[name], second[name]) for name in first)
 
 
-def random_permutation(tokens: Tensor, grid: Any, settings: Any) -> TokenGroups:
+def random_permutation(tokens: Tensor, *_: Any) -> Reduction:
     """As many groups as tokens, each of one token, in another order for every image."""
     batch_size, num_tokens, _ = tokens.shape
-    return group_tokens(torch.stack([torch.randperm(num_tokens) for _ in range(batch_size)]), num_tokens)
+    groups = group_tokens(torch.stack([torch.randperm(num_tokens) for _ in range(batch_size)]), num_tokens)
+    return reduce_to_groups(tokens, groups)
+
+
+def every_member(tokens: Tensor, grid: Any, num_groups: int, settings: Any, context: Any) -> Reduction:
+    """Density peaks, but every member stays, with the mean of its group and the place of its representative."""
+    assignment, representatives = GROUPINGS["density_peaks"].assign(tokens, grid, num_groups, settings, context)
+    groups = group_tokens(assignment, num_groups, representatives)
+    merged = reduce_to_groups(tokens, groups, settings.unfold)
+
+    def merge(grid_tokens: Tensor) -> Tensor:
+        return merged.spread(merged.merge(grid_tokens))
+
+    return Reduction(
+        tokens=merge(tokens),
+        log_sizes=torch.zeros(tokens.shape[:2]),
+        restore=lambda members: members if merged.residual is None else members + merged.residual,
+        kept_positions=lambda: representatives.gather(1, assignment),
+        merge=merge,
+        spread=lambda members: members,
+        residual=merged.residual,
+    )
 
 
 def traces(model: nn.Module) -> dict[str, Any]:
@@ -155,11 +177,7 @@ def gradients(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def checkpoint_layers(model: Any, use_reentrant: bool) -> None:
-    kwargs = {"use_reentrant": use_reentrant}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
-    else:  # its name before transformers 5.2x
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
 
 
 def in_dtype(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -177,11 +195,12 @@ class FamilyTests:
         apply_ailurus(model, keep_ratio=1, cluster_layer=case.cluster_layer)
         assert_equal(outputs(model, inputs), plain)
 
-    def test_the_order_of_merged_tokens_does_not_matter(self, case, monkeypatch):
-        monkeypatch.setattr(sequence, "choose_groups", random_permutation)
+    def test_the_order_of_merged_tokens_does_not_matter(self, case):
         model, inputs = case.model(), case.inputs(2)
         plain = outputs(model, inputs)
-        assert_close(outputs(apply_ailurus(model, cluster_layer=case.cluster_layer), inputs), plain)
+        with registered("permutation", Grouping(reduce=random_permutation)):
+            apply_ailurus(model, cluster_layer=case.cluster_layer, grouping="permutation")
+            assert_close(outputs(model, inputs), plain)
 
     def test_a_quarter_of_the_tokens_keeps_every_shape(self, case):
         model, inputs = case.model(), case.inputs(2)
@@ -191,29 +210,14 @@ class FamilyTests:
         assert differ(merged, plain)
         assert all(value.isfinite().all() for value in merged.values())
 
-    def test_a_merged_token_counts_as_its_members(self, case, monkeypatch):
+    def test_a_merged_token_counts_as_its_members(self, case):
         """The same as when every member stays, with the mean of its group and the place of its representative."""
-        model, inputs = case.adapted(), case.inputs(2)
-        merged = outputs(model, inputs)
-        choose, merge, chosen = sequence.choose_groups, sequence.merge_tokens, []
-
-        def every_member(tokens: Tensor, grid: Any, settings: Any) -> TokenGroups:
-            groups = choose(tokens, grid, settings)
-            chosen.append(groups)
-            places = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
-            return group_tokens(places, tokens.shape[1], groups.representatives.gather(1, groups.assignment))
-
-        def means(tokens: Tensor, members: TokenGroups) -> Tensor:
-            groups, num_groups = chosen[-1], chosen[-1].sizes.shape[1]
-            in_sequence = group_tokens(groups.assignment.gather(1, members.assignment), num_groups)
-            return unfold_tokens(merge(tokens, in_sequence), groups)
-
-        monkeypatch.setattr(sequence, "choose_groups", every_member)
-        for module in (sequence, map_layers):
-            monkeypatch.setattr(module, "merge_tokens", means)
-        members = outputs(model, inputs)
-        assert chosen
-        assert_close(members, merged)
+        # In double precision, but for the logarithms of sizes: sums of other lengths round otherwise.
+        inputs = in_dtype(case.inputs(2), torch.float64)
+        merged = outputs(case.adapted().double(), inputs)
+        with registered("every member", Grouping(reduce=every_member)):
+            members = outputs(case.adapted(grouping="every member").double(), inputs)
+        assert_close(members, merged, 1e-6)
 
     def test_layers_run_on_merged_tokens(self, case):
         model, lengths = case.adapted(), {}

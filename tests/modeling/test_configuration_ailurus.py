@@ -5,7 +5,7 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 
 from ailurus_hf import AiluRusConfig
-from ailurus_hf.modeling.configuration_ailurus import AdaptiveResolutionMixin
+from ailurus_hf.modeling.settings import AdaptiveResolutionMixin
 from tests.factories import tiny_config
 
 BAD_SETTINGS = [
@@ -81,10 +81,10 @@ def test_round_trip_keeps_every_field(tmp_path):
     assert loaded.id2label == {0: "a", 1: "b"}
 
 
-def test_the_eight_settings_and_their_defaults():
+def test_the_settings_and_their_defaults():
     defaults = {
-        "cluster_layer": 2, "keep_ratio": 0.5, "num_clusters": None, "num_neighbors": 1, "neighborhood_size": 50,
-        "spatial_alpha": 0.9, "unfold": "residual", "tail_layers": 0,
+        "grouping": "density_peaks", "cluster_layer": 2, "keep_ratio": 0.5, "num_clusters": None, "num_neighbors": 1,
+        "neighborhood_size": 50, "spatial_alpha": 0.9, "unfold": "residual", "tail_layers": 0,
     }  # fmt: skip
     assert list(AdaptiveResolutionMixin.__dataclass_fields__) == list(defaults)
     config = AiluRusConfig()

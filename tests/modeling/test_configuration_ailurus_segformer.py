@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 
 from ailurus_hf import AiluRusConfig, AiluRusSegformerConfig
-from ailurus_hf.modeling.configuration_ailurus import AdaptiveResolutionMixin
+from ailurus_hf.modeling.settings import AdaptiveResolutionMixin
 from tests.factories import tiny_segformer_config
 
 

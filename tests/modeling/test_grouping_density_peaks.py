@@ -12,7 +12,6 @@ from ailurus_hf.modeling.grouping_density_peaks import (
     neighbor_indices,
     neighborhood_distances,
     neighborhood_offsets,
-    resolve_num_clusters,
 )
 from tests.reference.clustering import cluster_image, offsets_by_brute_force
 
@@ -201,15 +200,6 @@ def test_singletons_collect_at_contours():
     assignment, _ = cluster_tokens(tokens, (16, 16), 64)
     sizes = torch.bincount(assignment[0], minlength=64)[assignment[0]].view(16, 16).float()
     assert (sizes[:, 7:9] == 1).float().mean() > 2 * (sizes[:, :6] == 1).float().mean()
-
-
-@pytest.mark.parametrize(
-    ("num_tokens", "ratio", "count", "expected"),
-    [(1200, 0.5, None, 600), (1200, 0.25, None, 300), (5, 0.5, None, 3), (3, 0.01, None, 1), (9, 1, None, 9),
-     (9, 0.5, 4, 4), (9, 0.5, 100, 9)],
-)  # fmt: skip
-def test_resolve_num_clusters(num_tokens, ratio, count, expected):
-    assert resolve_num_clusters(num_tokens, ratio, count) == expected
 
 
 @pytest.mark.parametrize("num_clusters", [0, -1, 13])

@@ -13,7 +13,7 @@ from ailurus_hf import (
     AiluRusForSemanticSegmentation,
     AiluRusModel,
 )
-from ailurus_hf.modeling import modeling_ailurus
+from ailurus_hf.modeling import reduction
 from ailurus_hf.modeling.layers_ailurus import AiluRusDropPath
 from tests.factories import random_images, tiny_config, tiny_model
 from tests.reference import merging as reference
@@ -125,9 +125,9 @@ def test_gradients_are_those_of_the_loop_version_grad(unfold, monkeypatch):
 
     fast = gradients()
     monkeypatch.setattr(
-        modeling_ailurus, "merge_tokens", lambda x, groups: reference.merge(x, groups.assignment, groups.sizes.shape[1])
+        reduction, "merge_tokens", lambda x, groups: reference.merge(x, groups.assignment, groups.sizes.shape[1])
     )
-    monkeypatch.setattr(modeling_ailurus, "unfold_tokens", lambda x, groups: reference.unfold(x, groups.assignment))
+    monkeypatch.setattr(reduction, "unfold_tokens", lambda x, groups: reference.unfold(x, groups.assignment))
     slow = gradients()
     for name in slow:
         torch.testing.assert_close(fast[name], slow[name], msg=name)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from ailurus_hf import AiluRusSegformerBackbone, AiluRusSegformerForSemanticSegmentation, AiluRusSegformerModel
-from ailurus_hf.modeling import modeling_ailurus_segformer
+from ailurus_hf.modeling import reduction
 from ailurus_hf.modeling.token_groups import group_tokens, merge_tokens, unfold_tokens
 from tests.factories import random_images, tiny_segformer
 from tests.modeling.test_modeling_ailurus import enable_gradient_checkpointing, main_output
@@ -184,11 +184,10 @@ def test_gradients_are_those_of_the_loop_version_grad(variant, monkeypatch):
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
     fast = gradients()
-    module = modeling_ailurus_segformer
     monkeypatch.setattr(
-        module, "merge_tokens", lambda x, groups: reference.merge(x, groups.assignment, groups.sizes.shape[1])
+        reduction, "merge_tokens", lambda x, groups: reference.merge(x, groups.assignment, groups.sizes.shape[1])
     )
-    monkeypatch.setattr(module, "unfold_tokens", lambda x, groups: reference.unfold(x, groups.assignment))
+    monkeypatch.setattr(reduction, "unfold_tokens", lambda x, groups: reference.unfold(x, groups.assignment))
     slow = gradients()
     for name in slow:
         torch.testing.assert_close(fast[name], slow[name], msg=name)

@@ -1,13 +1,10 @@
 """Layer-wise learning rates, and budgets that change during training."""
 
-import contextlib
-
 import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
 from ailurus_hf import AiluRusForSemanticSegmentation, AiluRusSegformerForSemanticSegmentation
-from ailurus_hf.budget import keep_ratio_of, set_keep_ratio, temporary_keep_ratio
 from ailurus_hf.training import KeepRatioSchedule, freeze_layers, layerwise_parameter_groups
 from tests.factories import random_images, tiny_model, tiny_segformer
 
@@ -97,17 +94,3 @@ def test_a_schedule_follows_the_steps():
 def test_senseless_schedules_are_refused(text):
     with pytest.raises(ValueError, match="a schedule is START:RATIO"):
         KeepRatioSchedule.parse(text)
-
-
-def test_budgets_are_set_for_as_long_as_it_takes():
-    model = tiny_model(AiluRusForSemanticSegmentation, num_clusters=7, keep_ratio=0.75)
-    with contextlib.suppress(RuntimeError), temporary_keep_ratio(model, 0.25):
-        assert (model.config.num_clusters, keep_ratio_of(model)) == (None, 0.25)
-        raise RuntimeError
-    assert (model.config.num_clusters, model.config.keep_ratio) == (7, 0.75)
-    with temporary_keep_ratio(model, None):
-        assert model.config.num_clusters == 7
-    set_keep_ratio(torch.nn.DataParallel(model), 0.5)
-    assert (model.config.num_clusters, model.config.keep_ratio) == (None, 0.5)
-    with pytest.raises(TypeError, match="Linear has no keep_ratio"):
-        set_keep_ratio(torch.nn.Linear(1, 1), 0.5)

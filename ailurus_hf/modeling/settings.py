@@ -1,0 +1,309 @@
+"""The settings of adaptive resolution: declared once, and what holds for one call or one context in their place.
+
+A configuration owns its settings and nothing here ever writes to it. `AdaptiveResolutionMixin.current` gives the
+settings of a forward: those of the configuration, under those of the contexts around it (`overridden`), under those of
+the call.
+"""
+
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from huggingface_hub.dataclasses import strict, validated_field
+from huggingface_hub.errors import StrictDataclassError
+
+
+def at_least(minimum: int) -> Any:
+    def check(value: int | None) -> None:
+        if value is not None and value < minimum:
+            raise ValueError(f"must be at least {minimum}, got {value}")
+
+    return check
+
+
+def in_unit_interval(include_zero: bool) -> Any:
+    def check(value: float) -> None:
+        above = value >= 0 if include_zero else value > 0
+        if not (above and value <= 1):  # written so that NaN fails too
+            raise ValueError(f"must be {'between 0 and 1' if include_zero else 'above 0 and at most 1'}, got {value}")
+
+    return check
+
+
+def one_of(*choices: str | None) -> Any:
+    def check(value: str | None) -> None:
+        if value not in choices:
+            raise ValueError(f"must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+    return check
+
+
+def odd(value: int) -> None:
+    if value < 1 or value % 2 == 0:
+        raise ValueError(f"must be odd and above 0, got {value}")
+
+
+def finite(value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"must be finite, got {value}")
+
+
+def positive(values: Any) -> None:
+    for value in [values] if isinstance(values, int) else values:
+        if not value > 0:
+            raise ValueError(f"must hold numbers above 0, got {value}")
+
+
+def _ratios(values: Any) -> None:
+    for value in values or ():
+        if not 0 < value <= 1:
+            raise ValueError(f"must hold numbers above 0 and at most 1, got {value}")
+
+
+def _known_grouping(value: str) -> None:
+    from .reduction import GROUPINGS  # reduction imports this file
+
+    if value not in GROUPINGS:
+        raise ValueError(
+            f"must be one of {', '.join(map(repr, GROUPINGS))}, got {value!r}; register_grouping adds others"
+        )
+
+
+def resolve_num_groups(num_tokens: int, keep_ratio: float = 0.5, num_clusters: int | None = None) -> int:
+    """Number of groups M for an image of `num_tokens` patch tokens.
+
+    Args:
+        num_tokens: number of patch tokens N, at least 1.
+        keep_ratio: share of tokens to keep, in (0, 1]; M is `keep_ratio * num_tokens` rounded half up, at least 1.
+        num_clusters: an exact count, which wins over `keep_ratio`; capped at `num_tokens`.
+    """
+    if num_clusters is not None:
+        return min(num_clusters, num_tokens)
+    return min(max(int(keep_ratio * num_tokens + 0.5), 1), num_tokens)
+
+
+@dataclass(repr=False, eq=False)
+class AdaptiveResolutionMixin:
+    """The settings of adaptive resolution, the same in every model.
+
+    Checked on construction and again on every assignment, so `config.keep_ratio = 0.25` holds from the next forward.
+
+    Args:
+        grouping: which method groups the tokens, a name in `GROUPINGS`: "density_peaks" (the paper's), "grid", or one
+            that `register_grouping` added.
+        cluster_layer: number of layers that run on all tokens before the tokens are grouped.
+        keep_ratio: share of patch tokens kept, above 0 and at most 1; at 1 nothing is merged.
+        num_clusters: exact number of tokens kept; wins over `keep_ratio`.
+        num_neighbors: k, how many nearest neighbours make a token's density.
+        neighborhood_size: lambda, how many grid positions around a token count as its neighbourhood.
+        spatial_alpha: weight of the feature distance alone, between 0 and 1; the rest grows with the neighbour's rank.
+        unfold: how the grid comes back: "copy" gives each token its group's output, "residual" adds what made the token
+            differ from its group when they were merged.
+        tail_layers: number of last layers that run on all tokens again.
+    """
+
+    # Settings that say exactly what `keep_ratio` says roughly: a ratio that is given later takes their place.
+    exact: ClassVar[tuple[str, ...]] = ("num_clusters",)
+
+    grouping: str = validated_field(_known_grouping, default="density_peaks")
+    cluster_layer: int = validated_field(at_least(0), default=2)
+    keep_ratio: float | int = validated_field(in_unit_interval(include_zero=False), default=0.5)
+    num_clusters: int | None = validated_field(at_least(1), default=None)
+    num_neighbors: int = validated_field(at_least(1), default=1)
+    neighborhood_size: int = validated_field(at_least(1), default=50)
+    spatial_alpha: float | int = validated_field(in_unit_interval(include_zero=True), default=0.9)
+    unfold: str = validated_field(one_of("residual", "copy"), default="residual")
+    tail_layers: int = validated_field(at_least(0), default=0)
+
+    def merged_layers(self, num_hidden_layers: int) -> range:
+        """Indices of the layers that run on merged tokens.
+
+        Raises:
+            ValueError: no layer is left between `cluster_layer` and `tail_layers`.
+        """
+        last = num_hidden_layers - self.tail_layers - 1
+        if self.cluster_layer > last:
+            raise ValueError(
+                f"cluster_layer must leave a layer to run on merged tokens: with num_hidden_layers="
+                f"{num_hidden_layers} and tail_layers={self.tail_layers} it must be at most {last}, "
+                f"got {self.cluster_layer}"
+            )
+        return range(self.cluster_layer, last + 1)
+
+    def num_groups(self, num_tokens: int) -> int:
+        """Number of groups for this many patch tokens, see `resolve_num_groups`."""
+        return resolve_num_groups(num_tokens, self.keep_ratio, self.num_clusters)
+
+    def current(self, **call: Any) -> Self:
+        """The settings of a forward that begins here.
+
+        Args:
+            call: settings given with the call itself; None leaves one as it is.
+
+        Raises:
+            ValueError: a setting is out of range or of the wrong type.
+        """
+        given = {name: value for name, value in call.items() if value is not None}
+        return with_overrides(self, combine(overrides_of(self), given))
+
+    @contextmanager
+    def overridden(self, **overrides: Any) -> Iterator[None]:
+        """Within the block forwards of this thread or task use these settings in place of their own."""
+        with override(self, overrides):
+            yield
+
+
+@dataclass(repr=False, eq=False)
+class StageResolutionMixin(AdaptiveResolutionMixin):
+    """The settings for hierarchical models, where each stage merges by itself.
+
+    `cluster_layer` and `tail_layers` count a stage's own blocks, and `num_clusters` is an exact number of tokens for
+    each stage that merges at all.
+
+    Args:
+        stage_keep_ratios: share of tokens kept in each stage, above 0 and at most 1; 1 leaves a stage dense. None means
+            1 for the first half of the stages and `keep_ratio` for the others. Wins over `keep_ratio`, except that
+            `keep_ratio=1` merges nothing anywhere.
+    """
+
+    exact: ClassVar[tuple[str, ...]] = ("num_clusters", "stage_keep_ratios")
+
+    stage_keep_ratios: list[float | int] | tuple[float | int, ...] | None = validated_field(  # noqa: RUF009
+        _ratios, default=None
+    )
+
+    def ratios(self, num_stages: int) -> tuple[float, ...]:
+        """Share of tokens kept in each stage, as `keep_ratio` and `stage_keep_ratios` together say."""
+        if self.keep_ratio == 1:
+            return (1.0,) * num_stages
+        if self.stage_keep_ratios is not None:
+            return tuple(float(ratio) for ratio in self.stage_keep_ratios)
+        num_merged = (num_stages + 1) // 2
+        return (1.0,) * (num_stages - num_merged) + (float(self.keep_ratio),) * num_merged
+
+    def blocks_of_stage(self, stage: int, depths: list[int] | tuple[int, ...]) -> range:
+        """Indices of a stage's blocks that run on merged tokens; empty where the stage keeps all.
+
+        Raises:
+            ValueError: the stage is to merge, but no block is left between `cluster_layer` and `tail_layers`.
+        """
+        if self.ratios(len(depths))[stage] == 1:
+            return range(0)
+        last = depths[stage] - self.tail_layers - 1
+        if self.cluster_layer > last:
+            raise ValueError(
+                f"cluster_layer must leave a block to run on merged tokens in stage {stage + 1}: with depths="
+                f"{tuple(depths)} and tail_layers={self.tail_layers} it must be at most {last}, got "
+                f"{self.cluster_layer}; lower it, or keep that stage dense with stage_keep_ratios"
+            )
+        return range(self.cluster_layer, last + 1)
+
+
+@strict
+@dataclass
+class AdaptiveResolutionSettings(AdaptiveResolutionMixin):
+    """The settings by themselves, for models whose configuration is not this package's."""
+
+
+@strict
+@dataclass
+class StageResolutionSettings(StageResolutionMixin):
+    """The settings of a hierarchical model by themselves."""
+
+
+# What a context may hold beside settings: inputs that some methods take, see `ReductionContext`.
+HINTS = ("protect", "importance", "seed")
+_NAMES = {
+    mixin: tuple(field.name for field in fields(mixin)) for mixin in (AdaptiveResolutionMixin, StageResolutionMixin)
+}
+_CHECKED = {AdaptiveResolutionMixin: AdaptiveResolutionSettings, StageResolutionMixin: StageResolutionSettings}
+
+Overrides = Mapping[str, Any]
+Settings = TypeVar("Settings", bound=AdaptiveResolutionMixin)
+
+# id of the object that owns the settings -> what holds in their place. A context variable, so that threads and tasks
+# have their own; torch.compile cannot trace those, but does trace thread-local attributes and guards on them for each
+# thread.
+_OVERRIDES: ContextVar[Mapping[int, Overrides]] = ContextVar("ailurus_overrides", default=MappingProxyType({}))
+_TRACED = threading.local()
+
+
+def overrides_of(owner: object) -> Overrides:
+    """What the contexts around this call put in the place of `owner`'s settings, hints included."""
+    held = getattr(_TRACED, "overrides", {}) if torch.compiler.is_compiling() else _OVERRIDES.get()
+    found: Overrides = held.get(id(owner), {})
+    return found
+
+
+@contextmanager
+def override(owner: object, overrides: Overrides) -> Iterator[None]:
+    """Within the block `overrides_of(owner)` gives these, on top of those of the contexts around it."""
+    before = _OVERRIDES.get()
+    held = {**before, id(owner): combine(before.get(id(owner), {}), overrides)}
+    token, traced = _OVERRIDES.set(held), getattr(_TRACED, "overrides", {})
+    _TRACED.overrides = held
+    try:
+        yield
+    finally:
+        _OVERRIDES.reset(token)
+        _TRACED.overrides = traced
+
+
+def combine(outer: Overrides, inner: Overrides) -> Overrides:
+    """Overrides under others: a ratio from inside takes the place of exact numbers from outside."""
+    if "keep_ratio" in inner:
+        outer = {name: value for name, value in outer.items() if name not in StageResolutionMixin.exact}
+    return {**outer, **inner}
+
+
+def with_overrides(settings: Settings, overrides: Overrides) -> Settings:
+    """Settings with others in the place of some; the same object where there are none.
+
+    Raises:
+        ValueError: a setting is out of range or of the wrong type.
+    """
+    changed = {name: value for name, value in overrides.items() if name not in HINTS}
+    if not changed:
+        return settings
+    mixin = StageResolutionMixin if isinstance(settings, StageResolutionMixin) else AdaptiveResolutionMixin
+    values = {name: getattr(settings, name) for name in _NAMES[mixin]}
+    if "keep_ratio" in changed:
+        values |= dict.fromkeys(mixin.exact)
+    return make_settings({**values, **changed}, mixin)  # type: ignore[return-value]
+
+
+def make_settings(
+    values: Mapping[str, Any], mixin: type[AdaptiveResolutionMixin] = AdaptiveResolutionMixin
+) -> AdaptiveResolutionMixin:
+    """Settings from a plain dictionary.
+
+    Raises:
+        ValueError: one of them is out of range, of the wrong type or unknown.
+    """
+    if torch.compiler.is_compiling():
+        return mixin(**values)  # the same without checks, which cannot be traced
+    try:
+        return _CHECKED[mixin](**values)
+    except (StrictDataclassError, TypeError) as error:
+        raise ValueError(f"settings of adaptive resolution: {' '.join(str(error).split())}") from None
+
+
+__all__ = [
+    "HINTS",
+    "AdaptiveResolutionMixin",
+    "AdaptiveResolutionSettings",
+    "StageResolutionMixin",
+    "StageResolutionSettings",
+    "combine",
+    "make_settings",
+    "override",
+    "overrides_of",
+    "resolve_num_groups",
+    "with_overrides",
+]
