@@ -21,18 +21,10 @@ from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, HfArgumentParser, get_scheduler
 
 from ailurus_hf.budget import set_keep_ratio, temporary_keep_ratio
+from ailurus_hf.data import SegmentationAugmentation, SegmentationCollator, SegmentationDataset, open_layout
 from ailurus_hf.evaluation import ConfusionMatrix
 from ailurus_hf.hub.model_card import CardResult, build_model_card
-from ailurus_hf.training import (
-    KeepRatioSchedule,
-    SegmentationAugmentation,
-    SegmentationCollator,
-    SegmentationDataset,
-    SegmentationLoss,
-    check_resume,
-    layerwise_parameter_groups,
-    open_layout,
-)  # fmt: skip
+from ailurus_hf.training import KeepRatioSchedule, SegmentationLoss, check_resume, layerwise_parameter_groups
 
 
 @dataclass

@@ -117,7 +117,7 @@ def evaluate_segmentation(
         model: a semantic-segmentation model of this package, or one changed by `apply_ailurus`; any other at
             `keep_ratios=[1]`.
         image_processor: its image processor.
-        samples: pictures with labels, such as `ailurus_hf.training.SegmentationFolder`.
+        samples: pictures with labels, such as `ailurus_hf.data.SegmentationFolder`.
         keep_ratios: shares of tokens to keep, above 0 and at most 1.
         ignore_index: label of pixels that do not count; None takes the model's.
         boundary: count boundary pixels too.
