@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .accumulator import Accumulator
 from .segmentation import check_label_maps
 
 __all__ = ["BoundaryScore"]
 
 
-class BoundaryScore:
+class BoundaryScore(Accumulator):
     """Boundary F-score (Csurka et al., BMVC 2013), from counts that are added up picture by picture.
 
     The boundary of a class are its pixels that have a pixel of another class above, below, left or right. Precision is
@@ -67,6 +68,14 @@ class BoundaryScore:
     def mean_f_score(self) -> float:
         """Mean over the classes that have a boundary; NaN if none does."""
         return float(self.f_score().nanmean())
+
+    def compute(self) -> dict[str, float]:
+        """`boundary_f`, the mean over classes."""
+        return {"boundary_f": self.mean_f_score()}
+
+    def by_class(self) -> dict[str, Tensor]:
+        """`boundary_f`, see `f_score`."""
+        return {"boundary_f": self.f_score()}
 
     def _boundaries(self, labels: Tensor) -> Tensor:
         """(num_labels, height, width) bool, the boundary pixels of every class."""

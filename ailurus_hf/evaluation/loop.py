@@ -1,6 +1,5 @@
 """Evaluating a segmentation model at several budgets side by side, on one process or several."""
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,9 +17,10 @@ from ..benchmark import SpeedUp, count_flops, speed_up, time_side_by_side
 from ..budget import has_keep_ratio, temporary_keep_ratio
 from ..data.images import ImageFileError
 from ..data.labelled import LabelledImage
+from .accumulator import Accumulator
 from .boundary import BoundaryScore
 from .inference import Segmentation, segment_image
-from .segmentation import Agreement, ConfusionMatrix
+from .segmentation import Agreement, ConfusionMatrix, number_or_none
 
 __all__ = ["BudgetResult", "EvaluationReport", "evaluate_segmentation"]
 
@@ -44,6 +44,12 @@ class BudgetResult:
     boundary: BoundaryScore | None
     seconds: list[float] = field(default_factory=list)
     gflops: float | None = None
+
+    @property
+    def metrics(self) -> list[Accumulator]:
+        """Those that are counted."""
+        found = (self.confusion, self.boundary, self.agreement)
+        return [metric for metric in found if metric is not None]
 
 
 @dataclass
@@ -79,14 +85,11 @@ class EvaluationReport:
         return {"pictures": self.num_pictures, "skipped": self.skipped, "budgets": budgets}
 
     def _row(self, result: BudgetResult) -> dict[str, Any]:
-        summary, gain = result.confusion.summary(), self.speed_up(result)
+        gain = self.speed_up(result)
         row: dict[str, Any] = {"keep_ratio": result.keep_ratio}
-        row |= {name: summary[name] for name in ("mean_iou", "pixel_accuracy", "mean_accuracy")}
-        if result.boundary is not None:
-            score = result.boundary.mean_f_score()
-            row["boundary_f"] = None if math.isnan(score) else score
+        for metric in result.metrics:
+            row |= {name: number_or_none(score) for name, score in metric.compute().items()}
         return row | {
-            "agreement": result.agreement.share(),
             "gflops": result.gflops,
             "ms_per_picture": 1e3 * statistics.median(result.seconds),
             "speed_up": gain.median,
@@ -134,17 +137,7 @@ def evaluate_segmentation(
         raise ValueError("samples must hold at least one picture with labels, got none")
     if ignore_index is None:
         ignore_index = getattr(model.config, "semantic_loss_ignore_index", 255)
-    ratios = [1.0, *(ratio for ratio in dict.fromkeys(map(float, keep_ratios)) if ratio != 1)]
-    num_labels = model.config.num_labels
-    results = [
-        BudgetResult(
-            ratio,
-            ConfusionMatrix(num_labels, ignore_index),
-            Agreement(),
-            BoundaryScore(num_labels, ignore_index) if boundary else None,
-        )
-        for ratio in ratios
-    ]
+    results = _empty_results(keep_ratios, model.config.num_labels, ignore_index, boundary)
     state = _processes()
     share = range(state.process_index, len(samples), state.num_processes)
     skipped: list[str] = []
@@ -163,6 +156,22 @@ def evaluate_segmentation(
     if not results[0].seconds:
         raise ValueError(f"none of the {len(samples)} samples could be read; the first: {skipped[0]}")
     return EvaluationReport(results, dict(model.config.id2label), len(results[0].seconds), skipped)
+
+
+def _empty_results(
+    keep_ratios: Sequence[float], num_labels: int, ignore_index: int, boundary: bool
+) -> list[BudgetResult]:
+    """One for each budget, each budget once, dense first."""
+    ratios = [1.0, *(ratio for ratio in dict.fromkeys(map(float, keep_ratios)) if ratio != 1)]
+    return [
+        BudgetResult(
+            ratio,
+            ConfusionMatrix(num_labels, ignore_index),
+            Agreement(),
+            BoundaryScore(num_labels, ignore_index) if boundary else None,
+        )
+        for ratio in ratios
+    ]
 
 
 def _evaluate_picture(
@@ -206,12 +215,9 @@ def _gflops(model: PreTrainedModel, image_processor: Any, sample: LabelledImage,
 
 def _add_processes(results: list[BudgetResult]) -> None:
     """Sums of all processes' counts in every process; times one after the other."""
-    if _processes().num_processes == 1:
-        return
     for result in results:
-        for counter in (result.confusion, result.agreement, result.boundary):
-            if counter is not None:
-                counter.counts = torch.stack(gather_object([counter.counts])).sum(0)
+        for metric in result.metrics:
+            metric.add_processes()
         result.seconds = gather_object(result.seconds)
         result.gflops = gather_object([result.gflops])[0]
 
