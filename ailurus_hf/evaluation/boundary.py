@@ -50,6 +50,7 @@ class BoundaryScore(Accumulator):
                 f"{tuple(predictions.shape)} and {tuple(labels.shape)}"
             )
         labels = labels.long().cpu()
+        # Or the prediction would have boundaries, and misses, where nobody knows the truth.
         predictions = torch.where(labels == self.ignore_index, self.ignore_index, predictions.long().cpu())
         check_label_maps(predictions, labels, self.num_labels, self.ignore_index)
         radius = max(self.tolerance * math.hypot(*labels.shape), 1)
@@ -80,6 +81,7 @@ class BoundaryScore(Accumulator):
     def _boundaries(self, labels: Tensor) -> Tensor:
         """(num_labels, height, width) bool, the boundary pixels of every class."""
         edges = torch.zeros_like(labels, dtype=torch.bool)
+        # Each pixel against the one below, then against the one to the right; both of an unequal pair are boundary.
         for first, second in (
             ((slice(None, -1), slice(None)), (slice(1, None), slice(None))),
             ((slice(None), slice(None, -1)), (slice(None), slice(1, None))),
@@ -97,4 +99,5 @@ def _dilate(masks: Tensor, radius: float) -> Tensor:
     reach = int(radius)
     offsets = torch.arange(-reach, reach + 1)
     disk = (offsets[:, None] ** 2 + offsets**2 <= radius**2).to(torch.float32)
+    # Sums of ones, so that above a half is at least one, whatever the rounding.
     return F.conv2d(masks[:, None].float(), disk[None, None], padding=reach)[:, 0] > 0.5

@@ -1,7 +1,7 @@
 """Evaluating a segmentation model at several budgets side by side, on one process or several."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -142,20 +142,30 @@ def evaluate_segmentation(
     share = range(state.process_index, len(samples), state.num_processes)
     skipped: list[str] = []
     model.eval()
-    for index in _tracked(share, progress and state.is_main_process):
-        try:
-            sample = samples[index]
-        except ImageFileError as error:
-            if not skip_unreadable:
-                raise
-            skipped.append(str(error))
-            continue
+    # Every n-th picture, not a block of them: neighbours tend to be of one size, and the processes end together.
+    indices = _tracked(share, progress and state.is_main_process)
+    for sample in _read(samples, indices, skipped if skip_unreadable else None):
         _evaluate_picture(model, image_processor, sample, results, views)
     _add_processes(results)
     skipped = gather_object(skipped)
     if not results[0].seconds:
         raise ValueError(f"none of the {len(samples)} samples could be read; the first: {skipped[0]}")
     return EvaluationReport(results, dict(model.config.id2label), len(results[0].seconds), skipped)
+
+
+def _read(
+    samples: Sequence[LabelledImage], indices: Iterable[int], skipped: list[str] | None
+) -> Iterator[LabelledImage]:
+    """The samples that can be read; what is said of the others goes to `skipped`, or is raised where that is None."""
+    for index in indices:
+        try:
+            sample = samples[index]
+        except ImageFileError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+        else:
+            yield sample
 
 
 def _empty_results(
@@ -190,6 +200,7 @@ def _evaluate_picture(
     first = not results[0].seconds
     times = time_side_by_side(variants, rounds=1, warmup=1 if first else 0)
     truth = torch.as_tensor(sample.labels)
+    # Counted after all budgets are timed.
     for result in results:
         labels = torch.as_tensor(found[result.keep_ratio].labels)
         try:

@@ -33,6 +33,7 @@ class ConfusionMatrix(Accumulator):
         check_label_maps(predictions, labels, self.num_labels, self.ignore_index)
         counted = labels != self.ignore_index
         labels, predictions = labels[counted].long().cpu(), predictions[counted].long().cpu()
+        # A pair of classes as one number with two digits to the base num_labels: row and column of the matrix.
         pairs = torch.bincount(labels * self.num_labels + predictions, minlength=self.num_labels**2)
         self.counts += pairs.view_as(self.counts)
 

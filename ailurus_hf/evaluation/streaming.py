@@ -127,6 +127,7 @@ def load_metric(name: str, **settings: Any) -> evaluate.Metric:
 def _tensor(name: str, value: Any) -> torch.Tensor:
     if value is None:
         raise ValueError(f"{name} is missing")
+    # By way of numpy: torch is slow on nested lists of arrays.
     return value if isinstance(value, torch.Tensor) else torch.as_tensor(np.asarray(value))
 
 

@@ -50,6 +50,7 @@ class SegmentationMetrics:
         self.matrix.reset()
         return scores
 
+    # Apart from the call because SegmentationTrainer hands over counts in place of label maps.
     def add(self, predictions: Tensor, labels: Tensor) -> None:
         """Add what Trainer gathered: label maps (B, H, W), both with -100 where Trainer filled them."""
         self.matrix.update(predictions, torch.where(labels == -100, self.matrix.ignore_index, labels))

@@ -86,7 +86,7 @@ class SegmentationTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The step's micro-batches, and what their losses are divided by: see `SegmentationLoss`."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not samples:
+        if not samples:  # the epoch has ended
             return samples, None
         total = sum(self.segmentation_loss.total_weight(sample["labels"]) for sample in samples)
         total = torch.as_tensor(total, dtype=torch.float32, device=self.args.device)
@@ -104,6 +104,8 @@ class SegmentationTrainer(Trainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss.detach(), None, None
+        # Trainer gathers what stands for predictions and labels, and drops the pictures that fill up the last batch:
+        # both must have one row for each picture, of the same shape in all processes.
         counts = self._counts(outputs.logits, labels)
         return loss.detach(), counts, counts.sum((1, 2))
 
