@@ -15,7 +15,7 @@ class Accumulator(ABC):
     `counts` is all that it remembers, one tensor, and it is additive: the counts of two halves of the pictures add up
     to those of all. That is what several processes, `evaluate` and `transformers.Trainer` build on.
 
-    Subclasses set `counts` to zeros in the constructor.
+    Subclasses set `counts` to zeros in the constructor: int64, or float64 for sums of errors.
     """
 
     counts: Tensor
@@ -38,5 +38,8 @@ class Accumulator(ABC):
         self.counts = torch.zeros_like(self.counts)
 
     def add_processes(self) -> None:
-        """Make `counts` the sum over all processes that were launched together, in each of them."""
+        """Make `counts` the sum over all processes that were launched together, in each of them.
+
+        Integers are those of one process exactly; sums of errors, as `DepthErrors` keeps them, within rounding.
+        """
         self.counts = torch.stack(gather_object([self.counts])).sum(0)
