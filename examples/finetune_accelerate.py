@@ -21,18 +21,10 @@ from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, HfArgumentParser, get_scheduler
 
 from ailurus_hf.budget import set_keep_ratio, with_budget
+from ailurus_hf.data import SegmentationAugmentation, SegmentationCollator, SegmentationDataset, open_layout
 from ailurus_hf.evaluation import ConfusionMatrix
 from ailurus_hf.hub.model_card import CardResult, build_model_card
-from ailurus_hf.training import (
-    KeepRatioSchedule,
-    SegmentationAugmentation,
-    SegmentationCollator,
-    SegmentationDataset,
-    SegmentationLoss,
-    check_resume,
-    layerwise_parameter_groups,
-    open_layout,
-)  # fmt: skip
+from ailurus_hf.training import KeepRatioSchedule, SegmentationLoss, check_resume, layerwise_parameter_groups
 
 
 @dataclass
@@ -52,7 +44,7 @@ class Options:
     weight_decay: float = 0.05
     layer_decay: float = 1.0
     mixed_precision: str = "no"  # or bf16, fp16
-    gradient_checkpointing: bool = False
+    activation_checkpointing: bool = False
     seed: int = 0
     push_to: str | None = None  # repository on the Hub
 
@@ -94,8 +86,39 @@ def evaluate(accelerator, network, pictures, keep_ratio):
             logits = network(picture["pixel_values"][None].to(accelerator.device)).logits
             matrix.update(logits[0].argmax(0).cpu(), picture["labels"])
     network.train()
-    matrix.counts = accelerator.reduce(matrix.counts.to(accelerator.device)).cpu()
+    matrix.add_processes()
     return matrix
+
+
+def load_model(o, source):
+    """The checkpoint for the classes of this data set, with a fresh head where their number differs."""
+    network = AutoModelForSemanticSegmentation.from_pretrained(
+        o.model, semantic_loss_ignore_index=source.rule.ignore_index, ignore_mismatched_sizes=True,
+        **({"id2label": source.id2label, "palette": source.palette} if source.id2label else {}),
+    )  # fmt: skip
+    if o.activation_checkpointing:
+        network.activation_checkpointing_enable()
+    return network, AutoImageProcessor.from_pretrained(o.model)
+
+
+def save_best(o, network, processor, quality):
+    """The checkpoint to use, with its card."""
+    network.config.keep_ratio = o.eval_keep_ratio  # what the checkpoint will run at
+    network.save_pretrained(o.output_dir / "best")
+    processor.save_pretrained(o.output_dir / "best")
+    repo, result = o.push_to or o.output_dir.name, CardResult(o.eval_keep_ratio, **quality)
+    card = build_model_card(network.config, repo=repo, dataset=o.data.name, results=[result])
+    card.save(o.output_dir / "best" / "README.md")
+
+
+def resume(o, accelerator, network):
+    """Where an earlier run stopped, with everything of it loaded; or the start."""
+    if not (o.output_dir / "progress.json").is_file():
+        return {"step": 0, "best": -1.0, "state": None, "log": []}
+    progress = json.loads((o.output_dir / "progress.json").read_text())
+    check_resume(o.output_dir / progress["state"], network)
+    accelerator.load_state(o.output_dir / progress["state"])
+    return progress
 
 
 def save_state(accelerator, folder, progress):
@@ -118,13 +141,7 @@ def main(o: Options) -> None:
     set_seed(o.seed)
     source, held_out = open_layout(o.data, o.layout)
     ignore = source.rule.ignore_index
-    network = AutoModelForSemanticSegmentation.from_pretrained(
-        o.model, semantic_loss_ignore_index=ignore, ignore_mismatched_sizes=True,
-        **({"id2label": source.id2label, "palette": source.palette} if source.id2label else {}),
-    )  # fmt: skip
-    if o.gradient_checkpointing:
-        network.gradient_checkpointing_enable()  # transformers 5.23 and newer: activation_checkpointing_enable
-    processor, loss = AutoImageProcessor.from_pretrained(o.model), SegmentationLoss(ignore)
+    (network, processor), loss = load_model(o, source), SegmentationLoss(ignore)
     views = SegmentationDataset(source, processor, SegmentationAugmentation(tuple(o.crop)), ignore, seed=o.seed)
     pictures = SegmentationDataset(held_out, processor, ignore_index=ignore)
     loader = DataLoader(views, o.batch_size, shuffle=True, drop_last=True, collate_fn=SegmentationCollator(ignore))
@@ -134,12 +151,7 @@ def main(o: Options) -> None:
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=o.steps // 15, num_training_steps=o.steps)
     accelerator.register_for_checkpointing(scheduler)
 
-    progress = {"step": 0, "best": -1.0, "state": None, "log": []}
-    if (o.output_dir / "progress.json").is_file():
-        progress = json.loads((o.output_dir / "progress.json").read_text())
-        check_resume(o.output_dir / progress["state"], network)
-        accelerator.load_state(o.output_dir / progress["state"])
-    schedule, repo = KeepRatioSchedule.parse(o.keep_ratio_schedule), o.push_to or o.output_dir.name
+    progress, schedule = resume(o, accelerator, network), KeepRatioSchedule.parse(o.keep_ratio_schedule)
     steps = step_batches(loader, views, progress["step"], o.accumulation)
     while progress["step"] < o.steps:
         batches = next(steps)
@@ -158,12 +170,7 @@ def main(o: Options) -> None:
         progress["log"].append({**entry, **quality})
         accelerator.print(progress["log"][-1])
         if quality["mean_iou"] > progress["best"] and accelerator.is_main_process:
-            network.config.keep_ratio = o.eval_keep_ratio  # what the checkpoint will run at
-            network.save_pretrained(o.output_dir / "best")
-            processor.save_pretrained(o.output_dir / "best")
-            result = CardResult(o.eval_keep_ratio, **quality)
-            card = build_model_card(network.config, repo=repo, dataset=o.data.name, results=[result])
-            card.save(o.output_dir / "best" / "README.md")
+            save_best(o, network, processor, quality)
         progress["best"] = max(progress["best"], quality["mean_iou"])
         save_state(accelerator, o.output_dir, progress)
     if o.push_to and accelerator.is_main_process:

@@ -3,7 +3,7 @@
 python examples/finetune_segmentation.py --model MODEL --data DIR --output-dir RUN --keep-ratio 0.25 --max-steps 300
 
 MODEL is an AiluRus checkpoint, with any head or none; its head is kept if it has as many classes as the data set, and
-begun anew otherwise. Every option of `TrainingArguments` works: --bf16, --gradient-checkpointing,
+begun anew otherwise. Every option of `TrainingArguments` works: --bf16, --activation-checkpointing,
 --gradient-accumulation-steps, --learning-rate, --push-to-hub ... Run it again to go on after an interruption.
 """
 
@@ -60,11 +60,7 @@ DEFAULTS |= {"load_best_model_at_end": True, "metric_for_best_model": "mean_iou"
 DEFAULTS |= {"lr_scheduler_type": "cosine", "warmup_steps": 20, "per_device_eval_batch_size": 1, "report_to": "none"}
 
 
-def main() -> None:
-    parser = HfArgumentParser((Options, TrainingArguments), description=__doc__)
-    parser.set_defaults(**DEFAULTS)
-    options, args = parser.parse_args_into_dataclasses()
-    set_seed(args.seed)
+def build_trainer(options: Options, args: TrainingArguments) -> SegmentationTrainer:
     train_source, eval_source = open_layout(options.data, options.layout)
     ignore_index, names = train_source.rule.ignore_index, train_source.id2label
     # A fresh head where the number of classes differs; `ignore_index` may be any number that is no class.
@@ -83,13 +79,21 @@ def main() -> None:
     if options.class_weight_power:
         weight = class_weights(count_labels(train_source, len(names), ignore_index), options.class_weight_power)
     schedule = options.keep_ratio_schedule
-    trainer = SegmentationTrainer(
+    return SegmentationTrainer(
         model, args, loss=SegmentationLoss(ignore_index, weight),
         train_dataset=SegmentationDataset(train_source, processor, views, seed=args.seed, **common),
         eval_dataset=SegmentationDataset(eval_source, processor, **common),
         eval_keep_ratio=options.eval_keep_ratio[-1], layer_decay=options.layer_decay, processing_class=processor,
         callbacks=[KeepRatioSchedule.parse(schedule)] if schedule else None,
     )  # fmt: skip
+
+
+def main() -> None:
+    parser = HfArgumentParser((Options, TrainingArguments), description=__doc__)
+    parser.set_defaults(**DEFAULTS)
+    options, args = parser.parse_args_into_dataclasses()
+    set_seed(args.seed)
+    trainer = build_trainer(options, args)
     last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
     result = trainer.train(args.resume_from_checkpoint or last)
     trainer.log_metrics("train", result.metrics)
@@ -99,7 +103,7 @@ def main() -> None:
         metrics = trainer.evaluate()
         trainer.log_metrics(f"keep_ratio {ratio:g}", metrics)
         trainer.save_metrics(f"eval_{ratio:g}", metrics)
-    model.config.keep_ratio = options.eval_keep_ratio[-1]  # what the checkpoint will run at
+    trainer.model.config.keep_ratio = options.eval_keep_ratio[-1]  # what the checkpoint will run at
     trainer.save_model()
     trainer.create_model_card(license=options.license, dataset=options.dataset_name)
     if args.push_to_hub:

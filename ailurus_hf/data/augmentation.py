@@ -64,6 +64,7 @@ class SegmentationAugmentation:
             The view and its labels, both `crop_size`.
         """
         scale = rng.uniform(*self.scale_range)
+        # The labels decide which crop is taken, and cost less than the pixels: those are cut once, at the end.
         for _ in range(CROP_TRIALS):
             top, left = self._corner(labels.shape, scale, rng)
             view_labels = self._crop_labels(labels, scale, top, left, ignore_index)
@@ -93,6 +94,7 @@ class SegmentationAugmentation:
         width = min(self.crop_size[1], _scaled(image.width, scale) - left)
         box = _box(image.width, scale, left, width), _box(image.height, scale, top, height)
         region = (box[0][0], box[1][0], box[0][1], box[1][1])
+        # Scaling with a box reads the region alone, edges in fractions of a pixel included.
         crop = image.resize((width, height), Image.Resampling.BILINEAR, box=region)
         if (height, width) == self.crop_size:
             return crop
@@ -109,6 +111,7 @@ class SegmentationAugmentation:
     def _recolour(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """Each change in half of the views; contrast before or after the colours, as in mmsegmentation."""
 
+        # All draws first, each of them always: one change set to 0 leaves the other ones as they were.
         def chosen(amount: float) -> float:
             use, value = rng.random() < 0.5, rng.uniform(-amount, amount)
             return float(value) if use else 0.0
@@ -153,5 +156,6 @@ def _rotate_hue(image: Image.Image, turns: float) -> Image.Image:
     if not turns:
         return image
     hue, saturation, value = image.convert("HSV").split()
+    # Pillow's hue is a byte, 256 of them a turn.
     rotated = hue.point(lambda h: (h + round(256 * turns)) % 256)
     return Image.merge("HSV", (rotated, saturation, value)).convert("RGB")

@@ -67,6 +67,7 @@ class SegmentationDataset(Dataset[dict[str, torch.Tensor]]):
         image, labels = sample.image, sample.labels
         settings: dict[str, Any] = {"do_reduce_labels": False}  # the source has done it
         if self.augmentation is not None:
+            # A generator of its own for each view: one that went on would depend on what was drawn before.
             rng = np.random.default_rng((self.seed, self.epoch, index))
             image, labels = self.augmentation(image, labels, rng, self.ignore_index)
             settings["do_resize"] = False
@@ -74,6 +75,7 @@ class SegmentationDataset(Dataset[dict[str, torch.Tensor]]):
         return {"pixel_values": inputs["pixel_values"][0], "labels": inputs["labels"][0].long()}
 
     def _read(self, index: int) -> LabelledImage:
+        # Whether a file is damaged shows when it is decoded, not before.
         for offset in range(len(self.source)):
             try:
                 return self.source[(index + offset) % len(self.source)]

@@ -1,12 +1,13 @@
 """Finding and reading picture files, with errors that name the file."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["IMAGE_SUFFIXES", "ImageFileError", "list_images", "read_image"]
+__all__ = ["IMAGE_SUFFIXES", "ImageFileError", "list_images", "opened", "read_image"]
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -44,21 +45,42 @@ def read_image(path: str | Path) -> Image.Image:
         ImageFileError: the file is empty, damaged, no picture, animated, or has floating-point pixels.
         OSError: the file cannot be opened.
     """
-    if Path(path).is_file() and Path(path).stat().st_size == 0:
-        raise ImageFileError(f"{path} is empty; expected a picture")
-    try:
-        with Image.open(path) as image:
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1:
-                raise ImageFileError(f"{path} is animated ({frames} frames); expected a single picture")
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image), path)
-    except UnidentifiedImageError as error:
-        raise ImageFileError(f"{path} is not a picture that Pillow can read") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, ImageFileError | FileNotFoundError | PermissionError | IsADirectoryError):
+    with opened(path) as image:
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1:
+            raise ImageFileError(f"{path} is animated ({frames} frames); expected a single picture")
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image), path)
+
+
+@contextmanager
+def opened(path: str | Path, expected: str = "a picture") -> Iterator[Image.Image]:
+    """A picture file, not decoded yet; what Pillow raises inside the block becomes an `ImageFileError`.
+
+    Args:
+        path: the file.
+        expected: what an empty file is not.
+
+    Raises:
+        ImageFileError: the file is empty, damaged or no picture.
+        OSError: the file cannot be opened.
+    """
+    # Opened here and not by Pillow: an OSError of `open` says that the file cannot be reached, one of Pillow that it is
+    # damaged.
+    with open(path, "rb") as file:
+        if not file.read(1):
+            raise ImageFileError(f"{path} is empty; expected {expected}")
+        file.seek(0)
+        try:
+            with Image.open(file) as image:
+                yield image
+        except ImageFileError:
             raise
-        raise ImageFileError(f"{path} is damaged or cut short ({error})") from error
+        except UnidentifiedImageError as error:
+            raise ImageFileError(f"{path} is not a picture that Pillow can read") from error
+        # Pillow's readers raise any of these, SyntaxError for broken PNG chunks.
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ImageFileError(f"{path} is damaged or cut short ({error})") from error
 
 
 def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:

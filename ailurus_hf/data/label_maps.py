@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from .images import ImageFileError, list_images
+from .images import ImageFileError, list_images, opened
 
 __all__ = ["label_array", "pair_files", "read_labels"]
 
@@ -39,18 +39,9 @@ def read_labels(path: str | Path) -> np.ndarray:
         ImageFileError: the file is empty, damaged, no picture, or has colours in place of class ids.
         OSError: the file cannot be opened.
     """
-    if Path(path).is_file() and Path(path).stat().st_size == 0:
-        raise ImageFileError(f"{path} is empty; expected a label map")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return label_array(image, str(path))
-    except UnidentifiedImageError as error:
-        raise ImageFileError(f"{path} is not a picture that Pillow can read") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, ImageFileError | FileNotFoundError | PermissionError | IsADirectoryError):
-            raise
-        raise ImageFileError(f"{path} is damaged or cut short ({error})") from error
+    with opened(path, "a label map") as image:
+        image.load()
+        return label_array(image, str(path))
 
 
 def label_array(labels: Any, name: str) -> np.ndarray:

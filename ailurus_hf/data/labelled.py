@@ -71,6 +71,7 @@ class LabelRule:
 
     def _mapped(self, labels: np.ndarray) -> np.ndarray:
         assert self.label_ids is not None
+        # A table up to the largest value there is: one lookup for the whole map, in place of one pass for each class.
         table = np.full(max(labels.max(initial=0), *self.label_ids, 0) + 1, self.ignore_index, dtype=np.int64)
         for value, label in self.label_ids.items():
             table[value] = label

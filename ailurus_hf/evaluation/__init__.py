@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .accumulator import Accumulator
 from .boundary import BoundaryScore
 from .depth import DepthErrors
 from .inference import Segmentation, class_scores, segment_image
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from .streaming import load_metric as load_metric
 
 __all__ = [
+    "Accumulator",
     "Agreement",
     "BoundaryScore",
     "BudgetResult",

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .accumulator import Accumulator
 from .segmentation import check_label_maps
 
 __all__ = ["BoundaryScore"]
 
 
-class BoundaryScore:
+class BoundaryScore(Accumulator):
     """Boundary F-score (Csurka et al., BMVC 2013), from counts that are added up picture by picture.
 
     The boundary of a class are its pixels that have a pixel of another class above, below, left or right. Precision is
@@ -49,6 +50,7 @@ class BoundaryScore:
                 f"{tuple(predictions.shape)} and {tuple(labels.shape)}"
             )
         labels = labels.long().cpu()
+        # Or the prediction would have boundaries, and misses, where nobody knows the truth.
         predictions = torch.where(labels == self.ignore_index, self.ignore_index, predictions.long().cpu())
         check_label_maps(predictions, labels, self.num_labels, self.ignore_index)
         radius = max(self.tolerance * math.hypot(*labels.shape), 1)
@@ -68,9 +70,18 @@ class BoundaryScore:
         """Mean over the classes that have a boundary; NaN if none does."""
         return float(self.f_score().nanmean())
 
+    def compute(self) -> dict[str, float]:
+        """`boundary_f`, the mean over classes."""
+        return {"boundary_f": self.mean_f_score()}
+
+    def by_class(self) -> dict[str, Tensor]:
+        """`boundary_f`, see `f_score`."""
+        return {"boundary_f": self.f_score()}
+
     def _boundaries(self, labels: Tensor) -> Tensor:
         """(num_labels, height, width) bool, the boundary pixels of every class."""
         edges = torch.zeros_like(labels, dtype=torch.bool)
+        # Each pixel against the one below, then against the one to the right; both of an unequal pair are boundary.
         for first, second in (
             ((slice(None, -1), slice(None)), (slice(1, None), slice(None))),
             ((slice(None), slice(None, -1)), (slice(None), slice(1, None))),
@@ -88,4 +99,5 @@ def _dilate(masks: Tensor, radius: float) -> Tensor:
     reach = int(radius)
     offsets = torch.arange(-reach, reach + 1)
     disk = (offsets[:, None] ** 2 + offsets**2 <= radius**2).to(torch.float32)
+    # Sums of ones, so that above a half is at least one, whatever the rounding.
     return F.conv2d(masks[:, None].float(), disk[None, None], padding=reach)[:, 0] > 0.5

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
+from .accumulator import Accumulator
+
 __all__ = ["DepthErrors"]
 
 NAMES = ("abs_rel", "rmse", "rmse_log", "delta1", "delta2", "delta3")
 
 
-class DepthErrors:
+class DepthErrors(Accumulator):
     """The usual errors of predicted depth (Eigen et al., NeurIPS 2014, section 4.3), added up picture by picture.
 
     With prediction p and truth t over the pixels that count: `abs_rel` = mean |p - t| / t, `rmse` = root of the mean
@@ -31,8 +33,7 @@ class DepthErrors:
         if align not in (None, "median", "least_squares"):
             raise ValueError(f"align must be None, 'median' or 'least_squares', got {align!r}")
         self.min_depth, self.max_depth, self.align = min_depth, max_depth, align
-        self.sums = torch.zeros(len(NAMES), dtype=torch.float64)
-        self.num_pictures = 0
+        self.counts = torch.zeros(len(NAMES) + 1, dtype=torch.float64)  # sums of the errors, number of pictures
 
     def update(self, predictions: Tensor, references: Tensor) -> None:
         """Add one picture; one without any pixel that counts is left out.
@@ -58,13 +59,12 @@ class DepthErrors:
             return
         if not predicted.isfinite().all():
             raise ValueError("predictions must be finite where the depth is known, got NaN or infinity")
-        self.sums += _errors(self._aligned(predicted, truth).clamp(self.min_depth, self.max_depth), truth)
-        self.num_pictures += 1
+        errors = _errors(self._aligned(predicted, truth).clamp(self.min_depth, self.max_depth), truth)
+        self.counts += torch.cat([errors, errors.new_ones(1)])
 
     def compute(self) -> dict[str, float]:
         """Mean over the pictures of every error, by name; NaN if there were none."""
-        means = self.sums / self.num_pictures if self.num_pictures else torch.full_like(self.sums, torch.nan)
-        return dict(zip(NAMES, means.tolist(), strict=True))
+        return dict(zip(NAMES, (self.counts[:-1] / self.counts[-1]).tolist(), strict=True))
 
     def _aligned(self, predicted: Tensor, truth: Tensor) -> Tensor:
         if self.align == "median":

@@ -1,8 +1,7 @@
 """Evaluating a segmentation model at several budgets side by side, on one process or several."""
 
-import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,9 +18,10 @@ from ..benchmark import SpeedUp, count_flops, speed_up, time_side_by_side
 from ..budget import has_budget, with_budget
 from ..data.images import ImageFileError
 from ..data.labelled import LabelledImage
+from .accumulator import Accumulator
 from .boundary import BoundaryScore
 from .inference import Segmentation, segment_image
-from .segmentation import Agreement, ConfusionMatrix
+from .segmentation import Agreement, ConfusionMatrix, number_or_none
 
 __all__ = ["BudgetResult", "EvaluationReport", "evaluate_segmentation"]
 
@@ -45,6 +45,12 @@ class BudgetResult:
     boundary: BoundaryScore | None
     seconds: list[float] = field(default_factory=list)
     gflops: float | None = None
+
+    @property
+    def metrics(self) -> list[Accumulator]:
+        """Those that are counted."""
+        found = (self.confusion, self.boundary, self.agreement)
+        return [metric for metric in found if metric is not None]
 
 
 @dataclass
@@ -80,14 +86,11 @@ class EvaluationReport:
         return {"pictures": self.num_pictures, "skipped": self.skipped, "budgets": budgets}
 
     def _row(self, result: BudgetResult) -> dict[str, Any]:
-        summary, gain = result.confusion.summary(), self.speed_up(result)
+        gain = self.speed_up(result)
         row: dict[str, Any] = {"keep_ratio": result.keep_ratio}
-        row |= {name: summary[name] for name in ("mean_iou", "pixel_accuracy", "mean_accuracy")}
-        if result.boundary is not None:
-            score = result.boundary.mean_f_score()
-            row["boundary_f"] = None if math.isnan(score) else score
+        for metric in result.metrics:
+            row |= {name: number_or_none(score) for name, score in metric.compute().items()}
         return row | {
-            "agreement": result.agreement.share(),
             "gflops": result.gflops,
             "ms_per_picture": 1e3 * statistics.median(result.seconds),
             "speed_up": gain.median,
@@ -118,7 +121,7 @@ def evaluate_segmentation(
         model: a semantic-segmentation model of this package, or one changed by `apply_ailurus`; any other at
             `keep_ratios=[1]`.
         image_processor: its image processor.
-        samples: pictures with labels, such as `ailurus_hf.training.SegmentationFolder`.
+        samples: pictures with labels, such as `ailurus_hf.data.SegmentationFolder`.
         keep_ratios: shares of tokens to keep, above 0 and at most 1.
         ignore_index: label of pixels that do not count; None takes the model's.
         boundary: count boundary pixels too.
@@ -135,9 +138,43 @@ def evaluate_segmentation(
         raise ValueError("samples must hold at least one picture with labels, got none")
     if ignore_index is None:
         ignore_index = getattr(model.config, "semantic_loss_ignore_index", 255)
+    results = _empty_results(keep_ratios, model.config.num_labels, ignore_index, boundary)
+    state = _processes()
+    share = range(state.process_index, len(samples), state.num_processes)
+    skipped: list[str] = []
+    model.eval()
+    # Every n-th picture, not a block of them: neighbours tend to be of one size, and the processes end together.
+    indices = _tracked(share, progress and state.is_main_process)
+    for sample in _read(samples, indices, skipped if skip_unreadable else None):
+        _evaluate_picture(model, image_processor, sample, results, views)
+    _add_processes(results)
+    skipped = gather_object(skipped)
+    if not results[0].seconds:
+        raise ValueError(f"none of the {len(samples)} samples could be read; the first: {skipped[0]}")
+    return EvaluationReport(results, dict(model.config.id2label), len(results[0].seconds), skipped)
+
+
+def _read(
+    samples: Sequence[LabelledImage], indices: Iterable[int], skipped: list[str] | None
+) -> Iterator[LabelledImage]:
+    """The samples that can be read; what is said of the others goes to `skipped`, or is raised where that is None."""
+    for index in indices:
+        try:
+            sample = samples[index]
+        except ImageFileError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+        else:
+            yield sample
+
+
+def _empty_results(
+    keep_ratios: Sequence[float], num_labels: int, ignore_index: int, boundary: bool
+) -> list[BudgetResult]:
+    """One for each budget, each budget once, dense first."""
     ratios = [1.0, *(ratio for ratio in dict.fromkeys(map(float, keep_ratios)) if ratio != 1)]
-    num_labels = model.config.num_labels
-    results = [
+    return [
         BudgetResult(
             ratio,
             ConfusionMatrix(num_labels, ignore_index),
@@ -146,24 +183,6 @@ def evaluate_segmentation(
         )
         for ratio in ratios
     ]
-    state = _processes()
-    share = range(state.process_index, len(samples), state.num_processes)
-    skipped: list[str] = []
-    model.eval()
-    for index in _tracked(share, progress and state.is_main_process):
-        try:
-            sample = samples[index]
-        except ImageFileError as error:
-            if not skip_unreadable:
-                raise
-            skipped.append(str(error))
-            continue
-        _evaluate_picture(model, image_processor, sample, results, views)
-    _add_processes(results)
-    skipped = gather_object(skipped)
-    if not results[0].seconds:
-        raise ValueError(f"none of the {len(samples)} samples could be read; the first: {skipped[0]}")
-    return EvaluationReport(results, dict(model.config.id2label), len(results[0].seconds), skipped)
 
 
 def _evaluate_picture(
@@ -182,6 +201,7 @@ def _evaluate_picture(
     first = not results[0].seconds
     times = time_side_by_side(variants, rounds=1, warmup=1 if first else 0)
     truth = torch.as_tensor(sample.labels)
+    # Counted after all budgets are timed.
     for result in results:
         labels = torch.as_tensor(found[result.keep_ratio].labels)
         try:
@@ -207,12 +227,9 @@ def _gflops(model: PreTrainedModel, image_processor: Any, sample: LabelledImage,
 
 def _add_processes(results: list[BudgetResult]) -> None:
     """Sums of all processes' counts in every process; times one after the other."""
-    if _processes().num_processes == 1:
-        return
     for result in results:
-        for counter in (result.confusion, result.agreement, result.boundary):
-            if counter is not None:
-                counter.counts = torch.stack(gather_object([counter.counts])).sum(0)
+        for metric in result.metrics:
+            metric.add_processes()
         result.seconds = gather_object(result.seconds)
         result.gflops = gather_object([result.gflops])[0]
 

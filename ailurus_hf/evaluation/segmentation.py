@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .accumulator import Accumulator
+
 __all__ = ["Agreement", "ConfusionMatrix", "check_label_maps"]
 
 
-class ConfusionMatrix:
+class ConfusionMatrix(Accumulator):
     """Counts of (true class, predicted class) pairs, added up image by image.
 
     Args:
@@ -31,6 +33,7 @@ class ConfusionMatrix:
         check_label_maps(predictions, labels, self.num_labels, self.ignore_index)
         counted = labels != self.ignore_index
         labels, predictions = labels[counted].long().cpu(), predictions[counted].long().cpu()
+        # A pair of classes as one number with two digits to the base num_labels: row and column of the matrix.
         pairs = torch.bincount(labels * self.num_labels + predictions, minlength=self.num_labels**2)
         self.counts += pairs.view_as(self.counts)
 
@@ -51,20 +54,32 @@ class ConfusionMatrix:
         """Share of each class's pixels that are right, (num_labels,) float64; NaN for classes without pixels."""
         return self.counts.diagonal().double() / self.counts.sum(1)
 
-    def summary(self, id2label: Mapping[int, str] | None = None) -> dict[str, Any]:
-        """All of it by name: `mean_iou`, `pixel_accuracy`, `mean_accuracy` (over the classes in the labels), and for
-        each class, by its name or number, `iou` and `accuracy`; NaN is None."""
-        names = [id2label[index] if id2label else str(index) for index in range(self.num_labels)]
+    def compute(self) -> dict[str, float]:
+        """`mean_iou`, `pixel_accuracy`, and `mean_accuracy` over the classes in the labels."""
         return {
-            "mean_iou": _number(self.mean_iou()),
-            "pixel_accuracy": _number(self.pixel_accuracy()),
-            "mean_accuracy": _number(float(self.class_accuracy().nanmean())),
-            "iou": dict(zip(names, map(_number, self.iou().tolist()), strict=True)),
-            "accuracy": dict(zip(names, map(_number, self.class_accuracy().tolist()), strict=True)),
+            "mean_iou": self.mean_iou(),
+            "pixel_accuracy": self.pixel_accuracy(),
+            "mean_accuracy": float(self.class_accuracy().nanmean()),
+        }
+
+    def by_class(self) -> dict[str, Tensor]:
+        """`iou`, see there."""
+        return {"iou": self.iou()}
+
+    def summary(self, id2label: Mapping[int, str] | None = None) -> dict[str, Any]:
+        """What `compute` gives and, for each class by its name or number, `iou` and `accuracy`; NaN is None."""
+        names = [id2label[index] if id2label else str(index) for index in range(self.num_labels)]
+        by_class = {"iou": self.iou(), "accuracy": self.class_accuracy()}
+        return {
+            **{name: number_or_none(value) for name, value in self.compute().items()},
+            **{
+                score: dict(zip(names, map(number_or_none, values.tolist()), strict=True))
+                for score, values in by_class.items()
+            },
         }
 
 
-class Agreement:
+class Agreement(Accumulator):
     """Share of pixels for which two models give the same class, from counts."""
 
     def __init__(self) -> None:
@@ -83,6 +98,10 @@ class Agreement:
     def share(self) -> float:
         """Between 0 and 1; NaN before the first pixel."""
         return float(self.counts[0] / self.counts[1])
+
+    def compute(self) -> dict[str, float]:
+        """`agreement`, see `share`."""
+        return {"agreement": self.share()}
 
 
 def check_label_maps(predictions: Tensor, labels: Tensor, num_labels: int, ignore_index: int) -> None:
@@ -109,6 +128,6 @@ def _check_shapes(predictions: Tensor, labels: Tensor, name: str) -> None:
         )
 
 
-def _number(value: float) -> float | None:
+def number_or_none(value: float) -> float | None:
     """JSON has no NaN."""
     return None if value != value else value

@@ -1,7 +1,8 @@
 """Metrics for the `evaluate` library that keep counts, never predictions."""
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,56 +11,62 @@ import evaluate
 import numpy as np
 import torch
 
+from .accumulator import Accumulator
+
 __all__ = ["StreamingMetric", "load_metric", "metric_names"]
 
 FOLDER = Path(__file__).parent / "metrics"
 
 
 class StreamingMetric(evaluate.Metric, ABC):
-    """A metric that turns each picture into counts when it is added.
+    """An `Accumulator` as a metric of `evaluate`.
 
     `evaluate` would write what is added to a file and read it all back in `compute`, which for label maps and depth
     maps is slow and large. `add`, `add_batch`, `compute` and `evaluate.combine` work as with any metric. After
-    `compute` the counts start anew.
+    `compute` the counts start anew. The scores are the accumulator's, and those of each class as `SCORE/CLASS`, the
+    form that loggers take.
 
-    Subclasses give `about`, the metric's description, `reset`, `update` and `result`.
+    Subclasses set `accumulator`, and `value_type` where the maps hold no integers.
 
     Args:
-        config_name, num_process, process_id, experiment_id, kwargs: as in `evaluate.Metric`; only `num_process=1`,
-            since every process adds up its own counts: see `evaluate_segmentation` for several.
+        config_name: as in `evaluate.Metric`.
+        num_process: only 1, since every process adds up its own counts: see `evaluate_segmentation` for several.
+        id2label: names of the classes in the scores; None for their numbers.
+        settings: other arguments of `evaluate.Metric`, and those of the accumulator.
 
     Raises:
-        ValueError: `num_process` above 1.
+        ValueError: `num_process` above 1, or as in the accumulator.
+        TypeError: a setting that neither of them has.
     """
 
-    about: ClassVar[str]
     value_type: ClassVar[str] = "int64"
 
-    def __init__(self, config_name: str | None = None, num_process: int = 1, **kwargs: Any) -> None:
+    # Abstract, so that `evaluate.load`, which takes the first class of a file that can be made, passes over this one.
+    @property
+    @abstractmethod
+    def accumulator(self) -> type[Accumulator]:
+        """The class that counts."""
+
+    def __init__(
+        self,
+        config_name: str | None = None,
+        num_process: int = 1,
+        id2label: Mapping[int, str] | None = None,
+        **settings: Any,
+    ) -> None:
         if num_process != 1:
             raise ValueError(
                 f"num_process must be 1, got {num_process}: every process would compute its own share's result; "
                 "use ailurus_hf.evaluation.evaluate_segmentation, which adds up the counts of all processes"
             )
-        super().__init__(config_name=config_name, num_process=1, **kwargs)
-        self.reset()
-
-    @abstractmethod
-    def reset(self) -> None:
-        """Start anew."""
-
-    @abstractmethod
-    def update(self, prediction: torch.Tensor, reference: torch.Tensor) -> None:
-        """Add one picture: two maps (height, width)."""
-
-    @abstractmethod
-    def result(self) -> dict[str, Any]:
-        """Scores by name."""
+        own = {name: settings.pop(name) for name in inspect.signature(evaluate.Metric).parameters if name in settings}
+        super().__init__(config_name=config_name, num_process=1, **own)
+        self.counter, self.id2label = self.accumulator(**settings), id2label
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """Add one picture: two maps (height, width), arrays, tensors or nested lists."""
         _refuse(kwargs)
-        self.update(_tensor("prediction", prediction), _tensor("reference", reference))
+        self.counter.update(_tensor("prediction", prediction), _tensor("reference", reference))
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
         """Add several pictures, of the same size or not.
@@ -80,14 +87,17 @@ class StreamingMetric(evaluate.Metric, ABC):
         if predictions is not None or references is not None:
             self.add_batch(predictions=predictions, references=references)
         _refuse(kwargs)
-        scores = self.result()
-        self.reset()
+        scores: dict[str, Any] = self.counter.compute()
+        for score, values in self.counter.by_class().items():
+            names = (self.id2label[index] if self.id2label else index for index in range(len(values)))
+            scores |= {f"{score}/{name}": value for name, value in zip(names, values.tolist(), strict=True)}
+        self.counter.reset()
         return scores
 
     def _info(self) -> evaluate.MetricInfo:
         maps = datasets.Sequence(datasets.Sequence(datasets.Value(self.value_type)))
         return evaluate.MetricInfo(
-            description=self.about,
+            description=inspect.getdoc(self.accumulator),
             citation="",
             inputs_description="predictions and references: lists of maps (height, width)",
             features=datasets.Features({"predictions": maps, "references": maps}),
@@ -114,14 +124,10 @@ def load_metric(name: str, **settings: Any) -> evaluate.Metric:
     return evaluate.load(str(FOLDER / name), **settings)
 
 
-def named_scores(name: str, scores: Iterable[float], id2label: Mapping[int, str] | None) -> dict[str, float]:
-    """One entry for every class, `NAME/CLASS`, the form that loggers take."""
-    return {f"{name}/{id2label[index] if id2label else index}": score for index, score in enumerate(scores)}
-
-
 def _tensor(name: str, value: Any) -> torch.Tensor:
     if value is None:
         raise ValueError(f"{name} is missing")
+    # By way of numpy: torch is slow on nested lists of arrays.
     return value if isinstance(value, torch.Tensor) else torch.as_tensor(np.asarray(value))
 
 

@@ -37,18 +37,20 @@ class SegmentationMetrics:
     """
 
     def __init__(self, num_labels: int, ignore_index: int = 255, id2label: Mapping[int, str] | None = None) -> None:
-        self.num_labels, self.ignore_index, self.id2label = num_labels, ignore_index, id2label
-        self.matrix = ConfusionMatrix(num_labels, ignore_index)
+        self.matrix, self.id2label = ConfusionMatrix(num_labels, ignore_index), id2label
 
     def __call__(self, prediction: Any, compute_result: bool = True) -> dict[str, float]:
-        """Add a batch of label maps; the scores, and a new start, when `compute_result`."""
-        labels = torch.as_tensor(prediction.label_ids)
-        labels = torch.where(labels == -100, self.ignore_index, labels)
-        self.matrix.update(torch.as_tensor(prediction.predictions), labels)
+        """Add a batch; the scores, and a new start, when `compute_result`."""
+        self.add(torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids))
         if not compute_result:
             return {}
-        matrix, self.matrix = self.matrix, ConfusionMatrix(self.num_labels, self.ignore_index)
-        scores = {"mean_iou": matrix.mean_iou(), "pixel_accuracy": matrix.pixel_accuracy()}
+        scores = {"mean_iou": self.matrix.mean_iou(), "pixel_accuracy": self.matrix.pixel_accuracy()}
         if self.id2label is not None:
-            scores |= {f"iou_{self.id2label[index]}": iou for index, iou in enumerate(matrix.iou().tolist())}
+            scores |= {f"iou_{self.id2label[index]}": iou for index, iou in enumerate(self.matrix.iou().tolist())}
+        self.matrix.reset()
         return scores
+
+    # Apart from the call because SegmentationTrainer hands over counts in place of label maps.
+    def add(self, predictions: Tensor, labels: Tensor) -> None:
+        """Add what Trainer gathered: label maps (B, H, W), both with -100 where Trainer filled them."""
+        self.matrix.update(predictions, torch.where(labels == -100, self.matrix.ignore_index, labels))

@@ -40,6 +40,7 @@ class SegmentationLoss:
         logits = outputs.logits.float()
         if logits.shape[-2:] != labels.shape[-2:]:
             logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear")
+        # "mean" would divide by this micro-batch's pixels, and a step of several would weigh them by how few they are.
         loss = F.cross_entropy(logits, labels, weight, ignore_index=self.ignore_index, reduction="sum")
         total = self.total_weight(labels) if num_items_in_batch is None else num_items_in_batch
         # Where no pixel counts the sum is 0, and so is the loss.

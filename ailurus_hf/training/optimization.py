@@ -73,12 +73,14 @@ def freeze_layers(model: PreTrainedModel, count: int) -> None:
 def _depths(model: PreTrainedModel) -> tuple[dict[int, int], int]:
     """Level of each encoder parameter: 0 before the first layer, 1 in it, ...; and the head's level."""
     encoder = model.base_model
+    # What can be checkpointed is a layer: that holds for every encoder of transformers, whatever it calls its layers.
     layers = [module for module in encoder.modules() if isinstance(module, GradientCheckpointingLayer)]
     levels = {id(parameter): 0 for parameter in encoder.parameters()}
     for level, layer in enumerate(layers, start=1):
         levels |= {id(parameter): level for parameter in layer.parameters()}
     if encoder is model:
         return levels, len(layers) + 1
+    # The encoder's last norm works on what the head gets, and learns like it.
     final = [parameter for name, parameter in encoder.named_parameters() if re.match(r"(layernorm|norm)\.", name)]
     return levels | {id(parameter): len(layers) + 1 for parameter in final}, len(layers) + 1
 

@@ -13,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..auto import AUTO_MODELS
 from ..budget import keep_ratio_of, with_budget
 from ..data.dataset import SegmentationCollator
-from ..evaluation import ConfusionMatrix, predictions_from_logits
+from ..evaluation import ConfusionMatrix, SegmentationMetrics, predictions_from_logits
 from ..hub.model_card import CardResult, build_model_card
 from .loss import SegmentationLoss
 from .optimization import layerwise_parameter_groups
@@ -64,7 +64,7 @@ class SegmentationTrainer(Trainer):
             groups = layerwise_parameter_groups(model, args.learning_rate, args.weight_decay, layer_decay)
             kwargs["optimizer_cls_and_kwargs"] = (optimizer, {**settings, "params": groups})
         kwargs.setdefault("data_collator", SegmentationCollator(loss.ignore_index))
-        kwargs.setdefault("compute_metrics", _RunningCounts(self))
+        kwargs.setdefault("compute_metrics", _RunningCounts(self, model.config.num_labels))
         super().__init__(model, args, compute_loss_func=loss, **kwargs)
         self.add_callback(_EpochOfViews())
 
@@ -86,7 +86,7 @@ class SegmentationTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The step's micro-batches, and what their losses are divided by: see `SegmentationLoss`."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not samples:
+        if not samples:  # the epoch has ended
             return samples, None
         total = sum(self.segmentation_loss.total_weight(sample["labels"]) for sample in samples)
         total = torch.as_tensor(total, dtype=torch.float32, device=self.args.device)
@@ -104,6 +104,8 @@ class SegmentationTrainer(Trainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss.detach(), None, None
+        # Trainer gathers what stands for predictions and labels, and drops the pictures that fill up the last batch:
+        # both must have one row for each picture, of the same shape in all processes.
         counts = self._counts(outputs.logits, labels)
         return loss.detach(), counts, counts.sum((1, 2))
 
@@ -166,25 +168,25 @@ class SegmentationTrainer(Trainer):
         }
 
 
-class _RunningCounts:
-    """`compute_metrics` of a trainer: adds up the pictures' counts until asked for the result."""
+class _RunningCounts(SegmentationMetrics):
+    """`compute_metrics` of a trainer whose predictions are the pictures' counts, see `prediction_step`."""
 
-    def __init__(self, trainer: SegmentationTrainer) -> None:
+    def __init__(self, trainer: SegmentationTrainer, num_labels: int) -> None:
+        super().__init__(num_labels, trainer.segmentation_loss.ignore_index)
         self.trainer = trainer
-        self.counts: Tensor | None = None
 
-    def __call__(self, prediction: Any, compute_result: bool) -> dict[str, float]:
-        counts = torch.as_tensor(prediction.predictions).sum(0).cpu()
-        self.counts = counts if self.counts is None else self.counts + counts
+    def __call__(self, prediction: Any, compute_result: bool = True) -> dict[str, float]:
+        scores = super().__call__(prediction, compute_result)
         if not compute_result:
-            return {}
-        matrix = ConfusionMatrix(len(self.counts), self.trainer.segmentation_loss.ignore_index)
-        matrix.counts, self.counts = self.counts, None
+            return scores
         return {
-            "mean_iou": matrix.mean_iou(),
-            "pixel_accuracy": matrix.pixel_accuracy(),
+            **scores,
             "keep_ratio": keep_ratio_of(self.trainer.accelerator.unwrap_model(self.trainer.model)),
         }
+
+    def add(self, predictions: Tensor, labels: Tensor) -> None:
+        """Add counts (B, num_labels, num_labels)."""
+        self.matrix.counts += predictions.sum(0).cpu()
 
 
 class _EpochOfViews(TrainerCallback):

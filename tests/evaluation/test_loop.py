@@ -1,10 +1,9 @@
-"""Evaluating at several budgets: the same as one picture after the other by hand, on one process and on two."""
+"""Evaluating at several budgets: the same as one picture after the other by hand.
+
+On several processes: tests/training/test_processes.py.
+"""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +23,6 @@ from tests.data.files import IGNORE, NUM_LABELS, write_camvid, write_labels
 from tests.factories import random_images, tiny_model, tiny_segformer
 
 PROCESSOR = AiluRusImageProcessor()
-ROOT = Path(__file__).parents[2]
 
 
 def network(**settings):
@@ -135,40 +133,3 @@ def test_broken_samples(tmp_path, samples):
         picture.write_bytes(b"")
     with pytest.raises(ValueError, match="none of the 3 samples could be read"):
         evaluate_segmentation(network(), PROCESSOR, samples, (1,), skip_unreadable=True, progress=False)
-
-
-SCRIPT = """
-import sys, json, torch
-from accelerate import PartialState
-from ailurus_hf import AiluRusForSemanticSegmentation, AiluRusImageProcessor
-from ailurus_hf.evaluation import evaluate_segmentation
-from ailurus_hf.data import SegmentationFolder
-model = AiluRusForSemanticSegmentation.from_pretrained(sys.argv[1])
-samples = SegmentationFolder.camvid(sys.argv[2], "val")
-report = evaluate_segmentation(model, AiluRusImageProcessor(), samples, (1, 0.25), boundary=True)
-if PartialState().is_main_process:
-    names = ("mean_iou", "pixel_accuracy", "mean_accuracy", "boundary_f", "agreement", "gflops")
-    scores = [[row[name] for name in names] for row in report.rows()]
-    json.dump({"processes": PartialState().num_processes, "pictures": report.num_pictures, "scores": scores,
-               "counts": report.budgets[1].confusion.counts.tolist()}, open(sys.argv[3], "w"))
-PartialState().wait_for_everyone()
-PartialState().destroy_process_group()
-"""
-
-
-def test_two_processes_count_every_picture_once(tmp_path):
-    """Three pictures on two processes: the second has one less."""
-    write_camvid(tmp_path / "data", val=3)
-    network().save_pretrained(tmp_path / "model")
-    (tmp_path / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    found = []
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    for number, launcher in enumerate(([], torchrun)):
-        result = tmp_path / f"{number}.json"
-        arguments = [tmp_path / "script.py", tmp_path / "model", tmp_path / "data", result]
-        subprocess.run([sys.executable, *launcher, *map(str, arguments)], check=True, env=environment, timeout=200)
-        found.append(json.loads(result.read_text()))
-    assert [run.pop("processes") for run in found] == [1, 2]
-    assert found[0] == found[1]
-    assert found[0]["pictures"] == 3

@@ -23,6 +23,15 @@ from ailurus_hf.evaluation.streaming import metric_names
 from tests.reference import metrics as reference
 
 NUM, IGNORE = 4, 9
+CLASSES = {"num_labels": NUM, "ignore_index": IGNORE}
+# Every metric of the package: what counts for it, with which settings. The tests that take a `metric` hold for all.
+METRICS = {
+    "agreement": (Agreement, {}),
+    "boundary_f": (BoundaryScore, CLASSES),
+    "depth": (DepthErrors, {"max_depth": 8.0}),
+    "mean_iou": (ConfusionMatrix, CLASSES),
+}
+every_metric = pytest.mark.parametrize("metric", METRICS)
 
 
 def pictures(seed, count=3, ignored=True, largest=9):
@@ -74,14 +83,38 @@ def test_depth_equals_loops(seed):
     assert found == pytest.approx(reference.depth_errors(pairs, 0.1, 10.0))
 
 
-@given(st.integers(0, 10_000), st.integers(0, 6))
-def test_parts_add_up_and_order_does_not_matter(seed, cut):
+def empty(metric):
+    accumulator, settings = METRICS[metric]
+    return accumulator(**settings)
+
+
+def scores(counter):
+    """What `evaluate` gives for it, classes by number."""
+    by_class = {f"{name}/{i}": x for name, values in counter.by_class().items() for i, x in enumerate(values.tolist())}
+    return {**counter.compute(), **by_class}
+
+
+@every_metric
+@given(seed=st.integers(0, 10_000), cut=st.integers(0, 6))
+def test_parts_add_up_and_order_does_not_matter(metric, seed, cut):
     pairs = pictures(seed, 6)
-    for make in (lambda: ConfusionMatrix(NUM, IGNORE), lambda: BoundaryScore(NUM, IGNORE), Agreement):
-        whole = filled(make(), pairs)
-        first, second = filled(make(), pairs[:cut]), filled(make(), pairs[cut:])
-        assert torch.equal(first.counts + second.counts, whole.counts)
-        assert torch.equal(filled(make(), pairs[::-1]).counts, whole.counts)
+    whole = filled(empty(metric), pairs)
+    first, second = filled(empty(metric), pairs[:cut]), filled(empty(metric), pairs[cut:])
+    torch.testing.assert_close(first.counts + second.counts, whole.counts)  # integers must be equal
+    torch.testing.assert_close(filled(empty(metric), pairs[::-1]).counts, whole.counts)
+    first.counts = first.counts + second.counts
+    assert scores(first) == pytest.approx(scores(whole), nan_ok=True)
+
+
+@every_metric
+def test_nothing_is_no_number_and_reset_comes_back_to_it(metric):
+    counter = filled(empty(metric), pictures(0))
+    taken, before = counter.counts, counter.counts.clone()
+    counter.reset()
+    assert all(math.isnan(score) for score in scores(counter).values())
+    assert torch.equal(counter.counts, empty(metric).counts)
+    filled(counter, pictures(1))
+    assert torch.equal(taken, before)
 
 
 def test_hand_made_cases():
@@ -93,9 +126,10 @@ def test_hand_made_cases():
     matrix.update(torch.tensor([[0, 1]]), torch.tensor([[1, 1]]))
     assert matrix.iou()[:2].tolist() == [0.5, 0.5]
     assert matrix.summary({0: "sky", 1: "road", 2: "cat"})["iou"] == {"sky": 0.5, "road": 0.5, "cat": None}
-    empty = ConfusionMatrix(3)
-    assert math.isnan(empty.mean_iou())
-    assert empty.summary()["mean_iou"] is None
+    bytes_ = torch.full((4,), 255, dtype=torch.uint8)
+    matrix.update(torch.zeros_like(bytes_), bytes_)  # any shape and integer type
+    assert matrix.counts.sum() == 3
+    assert ConfusionMatrix(3).summary()["mean_iou"] is None
 
 
 def test_hand_made_boundaries():
@@ -158,30 +192,31 @@ def test_mistakes_are_explained():
         Agreement().update(ones, ones[:1])
 
 
-def test_evaluate_loads_every_metric_offline():
-    assert metric_names() == ["agreement", "boundary_f", "depth", "mean_iou"]
+def test_no_metric_is_forgotten():
+    assert metric_names() == sorted(METRICS)
+
+
+@every_metric
+def test_evaluate_gives_the_scores_of_the_counts(metric):
     pairs = pictures(1, 4)
     predictions, references = ([pair[index] for pair in pairs] for index in (0, 1))
-    iou = load_metric("mean_iou", num_labels=NUM, ignore_index=IGNORE, id2label={0: "a", 1: "b", 2: "c", 3: "d"})
-    at_once = iou.compute(predictions=predictions, references=references)
-    matrix = filled(ConfusionMatrix(NUM, IGNORE), pairs)
-    assert at_once["mean_iou"] == matrix.mean_iou()
-    assert at_once["iou/b"] == matrix.iou()[1]
-    iou.add(prediction=predictions[0].tolist(), reference=references[0].tolist())
-    iou.add_batch(predictions=predictions[1:], references=references[1:])
-    assert iou.compute() == pytest.approx(at_once, nan_ok=True)
-    boundary = load_metric("boundary_f", num_labels=NUM, ignore_index=IGNORE)
-    expected = filled(BoundaryScore(NUM, IGNORE), pairs).mean_f_score()
-    assert boundary.compute(predictions=predictions, references=references)["boundary_f"] == expected
-    assert load_metric("agreement").compute(predictions=predictions, references=predictions) == {"agreement": 1}
-    depth = load_metric("depth", align="median")
-    assert depth.compute(predictions=[np.array([[2.0, 4]])], references=[np.array([[1.0, 2]])])["abs_rel"] == 0
+    expected = pytest.approx(scores(filled(empty(metric), pairs)), rel=0, abs=0, nan_ok=True)
+    loaded = load_metric(metric, **METRICS[metric][1])
+    assert loaded.compute(predictions=predictions, references=references) == expected
+    loaded.add(prediction=predictions[0].tolist(), reference=references[0].tolist())
+    loaded.add_batch(predictions=predictions[1:], references=references[1:])
+    assert loaded.compute() == expected  # the first pictures are no longer among them
+    assert (METRICS[metric][0].__doc__ or "").split(".")[0] in loaded.description
+
+
+def test_evaluate_names_the_classes():
+    metric = load_metric("mean_iou", **CLASSES, id2label={0: "a", 1: "b", 2: "c", 3: "d"})
+    found = metric.compute(predictions=[[[0, 1]]], references=[[[0, 0]]])
+    assert (found["iou/a"], found["iou/b"], found["mean_iou"]) == (0.5, 0, 0.25)
 
 
 def test_evaluate_modules_combine_and_keep_nothing_on_disk(tmp_path, monkeypatch):
-    both = evaluate.combine(
-        [load_metric(name, num_labels=NUM, ignore_index=IGNORE) for name in ("mean_iou", "boundary_f")]
-    )
+    both = evaluate.combine([load_metric(name, **CLASSES) for name in ("mean_iou", "boundary_f")])
     prediction, truth = pictures(2, 1)[0]
     both.add_batch(predictions=[prediction], references=[truth])
     assert {"mean_iou", "boundary_f"} <= both.compute().keys()
@@ -198,6 +233,8 @@ def test_evaluate_modules_explain_mistakes():
     metric = load_metric("agreement")
     with pytest.raises(TypeError, match="unknown argument num_labels"):
         metric.compute(predictions=[], references=[], num_labels=3)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'num_labels'"):
+        load_metric("agreement", num_labels=3)
     with pytest.raises(ValueError, match="a reference for each of the 1 predictions, got 2"):
         metric.add_batch(predictions=[[[1]]], references=[[[1]], [[1]]])
 
@@ -208,10 +245,10 @@ def test_trainer_metrics_stream_over_batches():
     for number, (prediction, truth) in enumerate(pairs):
         filling = np.full_like(truth, -100)
         batch = EvalPrediction(np.stack([prediction, filling]), np.stack([truth, filling]))
-        scores = metrics(batch, compute_result=number == 4)
+        found = metrics(batch, compute_result=number == 4)
     matrix = filled(ConfusionMatrix(NUM, IGNORE), pairs)
-    assert scores["pixel_accuracy"] == matrix.pixel_accuracy()
-    assert scores["iou_a"] == pytest.approx(matrix.iou()[0].item(), nan_ok=True)
+    assert found["pixel_accuracy"] == matrix.pixel_accuracy()
+    assert found["iou_a"] == pytest.approx(matrix.iou()[0].item(), nan_ok=True)
     assert metrics.matrix.counts.sum() == 0
 
 

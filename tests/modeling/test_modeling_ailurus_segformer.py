@@ -1,5 +1,6 @@
 import copy
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -136,6 +137,11 @@ def stage_with_copies(stage: int, implementation: str = "sdpa", **settings):
     return model.stages[stage].blocks, tokens, groups
 
 
+def on_grid(groups):
+    """What blocks need to look at the grid in between."""
+    return partial(merge_tokens, groups=groups), partial(unfold_tokens, groups=groups)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("unfold", ["copy", "residual"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -149,7 +155,7 @@ def test_merging_equal_tokens_changes_nothing(stage, unfold, implementation):
     for block in blocks:
         kernel = block.mlp.dwconv.dwconv.weight
         kernel.copy_(kernel[:, :, 1:2, 1:2] * torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0]]))
-        tokens, _ = block(tokens, (4, 6), groups, log_sizes, residual)
+        tokens, _ = block(tokens, (4, 6), *on_grid(groups), log_sizes, residual)
         dense, _ = block(dense, (4, 6))
         tolerance = 1e-5 if implementation == "eager" else 1e-12  # eager's softmax is computed in float32
         torch.testing.assert_close(unfold_tokens(tokens, groups), dense, rtol=tolerance, atol=tolerance)
@@ -160,7 +166,7 @@ def test_the_depthwise_convolution_is_averaged_over_each_cluster(stage):
     """With a linear activation the mean passes through the MLP: a block on merged tokens gives the means of the dense
     block on their copies."""
     blocks, tokens, groups = stage_with_copies(stage, hidden_act="linear")
-    merged, _ = blocks[0](tokens, (4, 6), groups, groups.sizes.log())
+    merged, _ = blocks[0](tokens, (4, 6), *on_grid(groups), groups.sizes.log())
     dense, _ = blocks[0](unfold_tokens(tokens, groups), (4, 6))
     torch.testing.assert_close(merged, merge_tokens(dense, groups))
 
@@ -171,7 +177,7 @@ def test_keys_and_values_see_the_unfolded_grid():
     residual = torch.randn(2, 24, 32, dtype=torch.float64)
     seen = []
     blocks[0].attention.sequence_reduction.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    blocks[0](tokens, (4, 6), groups, groups.sizes.log(), residual)
+    blocks[0](tokens, (4, 6), *on_grid(groups), groups.sizes.log(), residual)
     expected = blocks[0].layernorm_before(unfold_tokens(tokens, groups) + residual)
     torch.testing.assert_close(seen[0], expected)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from ailurus_hf import AiluRusForSemanticSegmentation, AiluRusImageProcessor, AiluRusModel
 from tests.data.files import IGNORE, NUM_LABELS, write_camvid
@@ -17,8 +19,8 @@ from tests.factories import tiny_model
 ROOT = Path(__file__).parents[2]
 TRAINER, LOOP = ROOT / "examples" / "finetune_segmentation.py", ROOT / "examples" / "finetune_accelerate.py"
 # Without --multi_gpu, accelerate 1.15 starts one process on a machine without GPUs, whatever the number asked for.
-LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_machines", "1"]
-LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+LAUNCH = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_machines", "1"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "--num_processes", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -32,27 +34,34 @@ def place(tmp_path_factory):
     return place
 
 
-def command(script, place, run, *options, processes=1):
-    start = [sys.executable] if processes == 1 else [*LAUNCH, "--num_processes", str(processes)]
-    common = ["--model", place / "model", "--data", place / "data", "--output_dir", run, "--crop", 24, 32]
-    return [str(part) for part in [*start, script, *common, *options]]
+@pytest.fixture
+def run(monkeypatch):
+    """Runs a script in this process: what it imports is there already."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    def run_script(script, *arguments):
+        AcceleratorState._reset_state(reset_partial_state=True)  # or it would be that of another test
+        monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+        runpy.run_path(str(script), run_name="__main__")
+
+    yield run_script
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def start(arguments):
+def options(place, run_folder, *more):
+    common = ["--model", place / "model", "--data", place / "data", "--output_dir", run_folder, "--crop", 24, 32]
+    return [str(part) for part in [*common, *more]]
+
+
+def start(*arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-def run(arguments, expected=0):
-    process = start(arguments)
-    output = process.communicate(timeout=200)[0]
-    assert process.returncode == expected, output
-    return output
-
-
-def kill_after(arguments, file):
-    """Kill the process without warning as soon as the file is there."""
-    process = start(arguments)
+def kill_after(file, *arguments):
+    """Start a process, and kill it without warning as soon as the file is there."""
+    process = start(*arguments)
     while not file.is_file():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
@@ -69,16 +78,16 @@ def trainer_losses(run_folder):
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-def test_trainer_script_from_the_encoder_alone_to_the_card(place, tmp_path):
+def test_trainer_script_from_the_encoder_alone_to_the_card(place, tmp_path, run):
     """A checkpoint without a head gets a fresh one; a schedule, another budget in evaluation, layer-wise rates."""
     tiny_model(AiluRusModel, num_labels=2).save_pretrained(place / "encoder")
     AiluRusImageProcessor().save_pretrained(place / "encoder")
-    options = [
+    settings = [
         "--model", place / "encoder", "--max_steps", 4, "--save_steps", 2, "--eval_steps", 2, "--use_cpu",
         "--keep_ratio_schedule", "0:1,0.5:0.25", "--eval_keep_ratio", 1, 0.25, "--layer_decay", 0.8,
         "--class_weight_power", 0.5, "--gradient_accumulation_steps", 2, "--dataset_name", "Blocks", "--bf16",
     ]  # fmt: skip
-    run(command(TRAINER, place, tmp_path / "run", *options))
+    run(TRAINER, *options(place, tmp_path / "run", *settings))
     results = json.loads((tmp_path / "run" / "eval_0.25_results.json").read_text())
     assert results["eval_keep_ratio"] == 0.25
     assert "| 0.25 | " in (tmp_path / "run" / "README.md").read_text()
@@ -87,24 +96,24 @@ def test_trainer_script_from_the_encoder_alone_to_the_card(place, tmp_path):
     assert model.config.id2label[2] == "class 2"
 
 
-def test_trainer_script_goes_on_after_a_kill(place, tmp_path):
-    options = ["--max_steps", 8, "--save_steps", 2, "--eval_steps", 2, "--logging_steps", 1, "--use_cpu"]
-    run(command(TRAINER, place, tmp_path / "straight", *options))
-    kill_after(
-        command(TRAINER, place, tmp_path / "killed", *options),
-        tmp_path / "killed" / "checkpoint-4" / "trainer_state.json",
-    )
-    run(command(TRAINER, place, tmp_path / "killed", *options))
+@pytest.mark.slow  # that Trainer goes on as it was is tested in test_trainer.py
+def test_trainer_script_goes_on_after_a_kill(place, tmp_path, run):
+    settings = ["--max_steps", 8, "--save_steps", 2, "--eval_steps", 2, "--logging_steps", 1, "--use_cpu"]
+    run(TRAINER, *options(place, tmp_path / "straight", *settings))
+    killed = options(place, tmp_path / "killed", *settings)
+    kill_after(tmp_path / "killed" / "checkpoint-4" / "trainer_state.json", TRAINER, *killed)
+    run(TRAINER, *killed)
     straight = trainer_losses(tmp_path / "straight" / "checkpoint-8")
     assert len(straight) == 8
     assert trainer_losses(tmp_path / "killed" / "checkpoint-8") == straight
 
 
-def test_loop_goes_on_after_a_kill(place, tmp_path):
-    options = ["--steps", 7, "--save_every", 3, "--batch_size", 2, "--accumulation", 2, "--layer_decay", 0.9]
-    run(command(LOOP, place, tmp_path / "straight", *options))
-    kill_after(command(LOOP, place, tmp_path / "killed", *options), tmp_path / "killed" / "progress.json")
-    run(command(LOOP, place, tmp_path / "killed", *options))
+def test_loop_goes_on_after_a_kill(place, tmp_path, run):
+    settings = ["--steps", 7, "--save_every", 3, "--batch_size", 2, "--accumulation", 2, "--layer_decay", 0.9]
+    run(LOOP, *options(place, tmp_path / "straight", *settings))
+    killed = options(place, tmp_path / "killed", *settings)
+    kill_after(tmp_path / "killed" / "progress.json", LOOP, *killed)
+    run(LOOP, *killed)
     assert len(loop_log(tmp_path / "straight")) == 7 + 3
     assert loop_log(tmp_path / "killed") == loop_log(tmp_path / "straight")
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["best", "progress.json", "state-7"]
@@ -113,11 +122,14 @@ def test_loop_goes_on_after_a_kill(place, tmp_path):
     AiluRusForSemanticSegmentation.from_pretrained(tmp_path / "straight" / "best")
 
 
-def test_two_processes_train_and_evaluate_as_one(place, tmp_path):
+@pytest.mark.slow  # that two processes count as one is tested in test_processes.py
+def test_two_processes_train_and_evaluate_as_one(place, tmp_path, run):
     """Loss and gradient within rounding; evaluation counts the pixels of three pictures on two processes once."""
-    options = ["--steps", 4, "--save_every", 4, "--learning_rate", 1e-3]
-    run(command(LOOP, place, tmp_path / "one", *options, "--batch_size", 4))
-    output = run(command(LOOP, place, tmp_path / "two", *options, "--batch_size", 2, processes=2))
+    settings = ["--steps", 4, "--save_every", 4, "--learning_rate", 1e-3]
+    run(LOOP, *options(place, tmp_path / "one", *settings, "--batch_size", 4))
+    process = start(*LAUNCH, LOOP, *options(place, tmp_path / "two", *settings, "--batch_size", 2))
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
     assert "training on 2 processes, cpu" in output
     one, two = loop_log(tmp_path / "one"), loop_log(tmp_path / "two")
     for value in ("loss", "grad_norm"):
@@ -128,22 +140,7 @@ def test_two_processes_train_and_evaluate_as_one(place, tmp_path):
     assert two[-1]["pixel_accuracy"] == pytest.approx(one[-1]["pixel_accuracy"], abs=5e-3)
 
 
-def test_trainer_on_two_processes_as_on_one(place, tmp_path):
-    """Evaluation exactly, of an untrained model; the loss of a step within rounding."""
-    options = ["--max_steps", 1, "--logging_steps", 1, "--eval_strategy", "no", "--save_strategy", "no", "--use_cpu"]
-    options += ["--load_best_model_at_end", "False", "--optim", "sgd", "--learning_rate", 0]
-    run(command(TRAINER, place, tmp_path / "one", *options, "--per_device_train_batch_size", 4))
-    options += ["--per_device_train_batch_size", 2, "--ddp_backend", "gloo"]
-    run(command(TRAINER, place, tmp_path / "two", *options, processes=2))
-    one, two = (json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("one", "two"))
-    assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
-    for ratio in ("1", "0.5", "0.25"):
-        one, two = (json.loads((tmp_path / name / f"eval_{ratio}_results.json").read_text()) for name in ("one", "two"))
-        for metric in ("eval_mean_iou", "eval_pixel_accuracy", "eval_keep_ratio"):
-            assert two[metric] == one[metric]
-
-
-def test_scripts_explain_mistakes_in_a_line(place, tmp_path):
-    output = run(command(TRAINER, place, tmp_path / "run", "--layout", "coco"), expected=1)
-    assert "error: layout must be one of camvid, ade20k, cityscapes, got 'coco'" in output
-    assert "Traceback" not in output
+@pytest.mark.parametrize("script", [TRAINER, LOOP], ids=["trainer", "loop"])
+def test_scripts_explain_mistakes_in_a_line(place, tmp_path, run, script):
+    with pytest.raises(SystemExit, match=r"^error: layout must be one of camvid, ade20k, cityscapes, got 'coco'$"):
+        run(script, *options(place, tmp_path / "run", "--layout", "coco"))
