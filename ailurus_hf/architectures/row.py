@@ -57,13 +57,20 @@ def merge_settings(config: Any) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in fields(AdaptiveResolutionMixin)}
 
 
+def clustering_flops(config: Any, stages: list[TokenStage]) -> int:
+    """Subtract, square and add over the hidden size, once for each pair of neighbours in the stages that merge."""
+    pairs = math.ceil(config.neighborhood_size / 2)
+    merging = [stage for stage in stages if stage.num_kept < stage.num_tokens]
+    return sum(3 * stage.hidden_size * stage.num_tokens * pairs for stage in merging)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One row: an architecture's classes, and what the other parts of the package must know of it.
 
     The functions get the model's configuration: this package's, or its twin that a checkpoint brought along as code.
-    Beside the settings of the method it has `num_channels`, `num_labels`, `id2label`, `patch_size` (pixels), and
-    `grid_size`, the grid at the trained size in patches.
+    It has `keep_ratio` and `num_clusters`; `num_channels`; `patch_size` in pixels; `grid_size`, the grid in patches at the
+    trained size; for segmentation `semantic_loss_ignore_index`.
 
     Args:
         model_type: that of the configuration.
@@ -74,6 +81,8 @@ class Architecture:
         facts: (config, Auto class of the model) -> what `info` shows of the architecture.
         card: the model card's lines that say what the encoder is, and its budget.
         settings: what `info` shows of the settings of the method.
+        extra_flops: (config, stages) -> floating-point operations of one image's forward that are no matrix product,
+            convolution or attention, which PyTorch counts by itself.
     """
 
     model_type: str
@@ -82,6 +91,7 @@ class Architecture:
     facts: Callable[[Any, str], dict[str, Any]]
     card: Callable[[Any], list[str]]
     settings: Callable[[Any], dict[str, Any]] = merge_settings
+    extra_flops: Callable[[Any, list[TokenStage]], int] = clustering_flops
 
     @property
     def models(self) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """Counting floating-point operations without running the model."""
 
 import copy
-import math
 from typing import Any
 
 import torch
@@ -37,12 +36,5 @@ def count_flops(model: PreTrainedModel, height: int, width: int, **settings: Any
         pixel_values = torch.empty(1, config.num_channels, height, width)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         twin(pixel_values)
-    return int(counter.get_total_flops()) + _distance_flops(config, height, width)
-
-
-def _distance_flops(config: Any, height: int, width: int) -> int:
-    """Subtract, square and add over the hidden size, once for each pair of neighbours."""
-    pairs = math.ceil(config.neighborhood_size / 2)
-    stages = architecture_of(config).stages(config, height, width)
-    merged = [stage for stage in stages if stage.num_kept < stage.num_tokens]
-    return sum(3 * stage.hidden_size * stage.num_tokens * pairs for stage in merged)
+    row = architecture_of(config)
+    return int(counter.get_total_flops()) + row.extra_flops(config, row.stages(config, height, width))
