@@ -69,8 +69,8 @@ class Architecture:
     """One row: an architecture's classes, and what the other parts of the package must know of it.
 
     The functions get the model's configuration: this package's, or its twin that a checkpoint brought along as code.
-    It has `keep_ratio` and `num_clusters`; `num_channels`; `patch_size` in pixels; `grid_size`, the grid in patches at the
-    trained size; for segmentation `semantic_loss_ignore_index`.
+    It has `keep_ratio`, `num_clusters`, `num_channels`, `patch_size` in pixels and `grid_size`, the grid in patches at
+    the trained size; for segmentation also `semantic_loss_ignore_index`.
 
     Args:
         model_type: that of the configuration.

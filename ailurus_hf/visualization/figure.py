@@ -44,9 +44,9 @@ def adaptive_resolution_figure(
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install 'ailurus-hf[viz]'") from error
     columns = max((len(stages) + 6) // 2, len(stages) + 1)  # two rows for the clusters, four pictures and the legend
-    wide = image.width / image.height
     panel_height = 3.2
-    size = (columns * panel_height * wide + 0.4, 2 * panel_height + 0.9)
+    panel_width = max(panel_height * image.width / image.height, 4.0)  # the legend's text needs as much
+    size = (columns * panel_width + 0.4, 2 * panel_height + 0.9)
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     top, bottom = figure.subplots(2, columns)
     for axes in (*top, *bottom):
@@ -107,7 +107,8 @@ def _draw_clusters(axes: "Axes", stage: ClusterMap) -> None:
     from matplotlib.collections import LineCollection
 
     borders = cluster_borders(stage.clusters, stage.patch_size)
-    axes.add_collection(LineCollection(list(borders), colors=BORDER, linewidths=0.8))
+    lines = LineCollection(list(borders), colors=BORDER, linewidths=0.8)
+    axes.add_collection(lines, autolim=False)  # the last patches may reach beyond the picture
 
 
 def _explain(axes: "Axes", dense: np.ndarray, merged: np.ndarray, palette: np.ndarray, names: list[str]) -> None:

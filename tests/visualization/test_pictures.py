@@ -86,12 +86,13 @@ def test_figure_has_a_panel_for_every_stage_that_merges(segmentations, num_mergi
     stages = [ClusterMap(f"stage {number}", identity, (8, 8)) for number in range(1, 7)]
     for index in range(num_merging):
         stages[-1 - index] = ClusterMap(f"stage {6 - index}", clusters, (8, 8))
-    several = merged._replace(stages=tuple(stages))
+    dense, several = (Segmentation(found.labels[:, :30], tuple(stages)) for found in (dense, merged))
     assert (several.clusters, several.patch_size, several.num_tokens) == (None, None, None)
-    figure = adaptive_resolution_figure(Image.new("RGB", (32, 16)), dense, several, PALETTE, ["a", "b", "c"])
+    figure = adaptive_resolution_figure(Image.new("RGB", (30, 16)), dense, several, PALETTE, ["a", "b", "c"])
     titles = [axes.get_title() for axes in figure.axes if axes.get_title().startswith("Stage")]
     expected = [f"Stage {number}: 4 of 8 tokens (50%)" for number in range(7 - num_merging, 7)]
     assert titles == (expected or ["Stage 6: 8 of 8 tokens (100%)"])
+    assert all(axes.get_xlim() == (0, 30) for axes in figure.axes if axes.get_title())
     assert sum(axes.get_legend() is not None for axes in figure.axes) == 1
 
 
