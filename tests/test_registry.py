@@ -41,8 +41,8 @@ class TestRows:
 
     def test_stages_are_those_that_the_model_runs(self, row: Any) -> None:
         model = TINY[row.model_type](row.load(SEGMENTATION))
-        for ratio in (1, 0.3):
-            model.config.keep_ratio = ratio
+        for ratio, count in ((1, None), (0.3, None), (0.5, 3)):
+            model.config.keep_ratio, model.config.num_clusters = ratio, count
             stages = row.stages(model.config, 64, 100)
             output = model(random_images(1, 64, 100))
             assignments = output.assignment if isinstance(output.assignment, tuple) else (output.assignment,)
