@@ -140,7 +140,7 @@ def test_import_help_and_version_need_no_torch() -> None:
 import sys
 import ailurus_hf
 from ailurus_hf.cli.app import app, main
-commands = [command.name for command in app.registered_commands]
+commands = [command.callback.__name__ for command in app.registered_commands]
 for arguments in (["--help"], ["--version"], *([name, "--help"] for name in commands)):
     assert main(arguments) == 0
 heavy = {"accelerate", "datasets", "evaluate", "huggingface_hub", "matplotlib", "numpy", "pandas", "PIL", "safetensors",
