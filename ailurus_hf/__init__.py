@@ -3,29 +3,23 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import auto as _auto  # noqa: F401  registers the models: after `import ailurus_hf`, AutoModel knows them
+from .registry import ARCHITECTURES  # after `import ailurus_hf`, transformers' Auto classes know the models
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "AiluRusBackbone": "modeling.modeling_ailurus",
-    "AiluRusConfig": "modeling.configuration_ailurus",
-    "AiluRusForImageClassification": "modeling.modeling_ailurus",
-    "AiluRusForSemanticSegmentation": "modeling.modeling_ailurus",
-    "AiluRusImageProcessor": "modeling.image_processing_ailurus",
-    "AiluRusModel": "modeling.modeling_ailurus",
-    "AiluRusSegformerBackbone": "modeling.modeling_ailurus_segformer",
-    "AiluRusSegformerConfig": "modeling.configuration_ailurus_segformer",
-    "AiluRusSegformerForSemanticSegmentation": "modeling.modeling_ailurus_segformer",
-    "AiluRusSegformerModel": "modeling.modeling_ailurus_segformer",
-    "apply_ailurus": "adapters",
-    "convert_checkpoint": "conversion",
-    "remove_ailurus": "adapters",
-    "save_with_code": "hub",
-    "register_grouping": "modeling.reduction",
-    "supported_families": "adapters",
-    "with_budget": "budget",
+_PUBLIC = {  # name -> its module
+    "apply_ailurus": "ailurus_hf.adapters",
+    "convert_checkpoint": "ailurus_hf.conversion",
+    "remove_ailurus": "ailurus_hf.adapters",
+    "register_grouping": "ailurus_hf.modeling.reduction",
+    "save_with_code": "ailurus_hf.hub",
+    "supported_families": "ailurus_hf.adapters",
+    "with_budget": "ailurus_hf.budget",
 }
+for _row in ARCHITECTURES.values():
+    for _path in _row.classes.values():
+        _module, _, _name = _path.partition(":")
+        _PUBLIC[_name] = _module
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
@@ -54,7 +48,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+    return getattr(import_module(_PUBLIC[name]), name)
 
 
 def __dir__() -> list[str]:

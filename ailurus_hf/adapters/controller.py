@@ -229,7 +229,8 @@ class EncoderController:
         for segment in state.segments:
             if segment.start < index < segment.stop and state.tables is not None:
                 call = call._replace(args=(_add_table(state, index - 1, call.args[0]), *call.args[1:]))
-            if index in segment and index in merge_places(state.settings, segment):
+            # Compared one by one: torch.compile cannot look for a layer's number in a range where it traces numbers.
+            if any(index == place for place in merge_places(state.settings, segment)):
                 call = self._merge(state, segment, index, call)
         state.previous = call.args[0]
         stretch = state.current

@@ -1,15 +1,13 @@
 """Counting floating-point operations without running the model."""
 
 import copy
-import math
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from ..modeling.configuration_ailurus_segformer import AiluRusSegformerConfig
-from ..modeling.settings import resolve_num_groups
+from ..registry import architecture_of
 
 __all__ = ["count_flops"]
 
@@ -25,6 +23,10 @@ def count_flops(model: PreTrainedModel, height: int, width: int, **settings: Any
         model: an AiluRus model; left as it is.
         height, width: size of the image in pixels.
         settings: fields of the configuration to change for the count, such as `keep_ratio=1`.
+
+    Raises:
+        TypeError: the model is not one of this package's.
+        ValueError: a setting is not allowed, or the image is too small.
     """
     config = copy.deepcopy(model.config)
     for name, value in settings.items():
@@ -34,25 +36,5 @@ def count_flops(model: PreTrainedModel, height: int, width: int, **settings: Any
         pixel_values = torch.empty(1, config.num_channels, height, width)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         twin(pixel_values)
-    return int(counter.get_total_flops()) + _distance_flops(config, height, width)
-
-
-def _distance_flops(config: Any, height: int, width: int) -> int:
-    """Subtract, square and add over the hidden size, once for each pair of neighbours."""
-    pairs = math.ceil(config.neighborhood_size / 2)
-    return sum(3 * hidden_size * num_tokens * pairs for hidden_size, num_tokens in _clusterings(config, height, width))
-
-
-def _clusterings(config: Any, height: int, width: int) -> list[tuple[int, int]]:
-    """Width and number of the tokens of every clustering in a forward."""
-    if isinstance(config, AiluRusSegformerConfig):
-        grids = config.stage_grids(height, width)
-        stages = list(zip(config.stage_ratios, grids, config.hidden_sizes, strict=True))
-    else:
-        stages = [(config.keep_ratio, config.patch_grid(height, width), config.hidden_size)]
-    found = []
-    for ratio, (rows, columns), hidden_size in stages:
-        exact = None if ratio == 1 and isinstance(config, AiluRusSegformerConfig) else config.num_clusters
-        if resolve_num_groups(rows * columns, ratio, exact) < rows * columns:
-            found.append((hidden_size, rows * columns))
-    return found
+    row = architecture_of(config)
+    return int(counter.get_total_flops()) + row.extra_flops(config, row.stages(config, height, width))

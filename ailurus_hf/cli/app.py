@@ -5,14 +5,13 @@ a bug and keeps its traceback.
 """
 
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
 
+from .. import __version__
 from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
@@ -31,12 +30,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("demo")(demo)
-app.command("predict")(predict)
-app.command("evaluate")(evaluate)
-app.command("visualize")(visualize)
-app.command("convert")(convert)
-app.command("info")(info)
+for command in (demo, predict, evaluate, visualize, convert, info):
+    app.command()(command)
 
 
 @app.callback(invoke_without_command=True)
@@ -45,7 +40,7 @@ def _root(
     show_version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     if show_version:
-        typer.echo(f"{PROGRAM} {_version()}")
+        typer.echo(f"{PROGRAM} {__version__}")
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -62,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = typer.main.get_command(app)
     try:
         with _terminate_like_interrupt():
-            code = command.main(args=_arguments(arguments), prog_name=PROGRAM, standalone_mode=False)
+            code = command.main(args=arguments, prog_name=PROGRAM, standalone_mode=False)
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
@@ -74,10 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == 130:  # typer turns KeyboardInterrupt into this code
         _complain("interrupted; nothing half-written was left behind")
     return code if isinstance(code, int) else 0
-
-
-def _arguments(arguments: Sequence[str] | None) -> list[str]:
-    return list(sys.argv[1:] if arguments is None else arguments)
 
 
 def _user_mistake(error: Exception) -> str | None:
@@ -118,12 +109,3 @@ def _terminate_like_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _version() -> str:
-    try:
-        return version(PROGRAM)
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        from .. import __version__
-
-        return __version__

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForSemanticSegmentation, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..architectures.row import SEGMENTATION
+from ..registry import ARCHITECTURES
 from ..utils.errors import CheckpointError
 from ..utils.logging import quiet_transformers
 
@@ -17,11 +19,14 @@ __all__ = ["load_model"]
 _SHOWN = 4
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype | None = None, **settings: Any) -> PreTrainedModel:
-    """Load a segmentation checkpoint for inference.
+def load_model(
+    path: str | Path, *, dtype: torch.dtype | None = None, any_head: bool = False, **settings: Any
+) -> PreTrainedModel:
+    """Load a checkpoint for inference.
 
     Args:
         path: a folder written by `save_pretrained` or `ailurus-hf convert`, or a name on the Hugging Face Hub.
+        any_head: take whatever class `config.json` names; else only a segmentation model.
         dtype: dtype to load in; by default that of the file.
         settings: fields of the configuration to change; those that are `None` are left as they are.
 
@@ -30,8 +35,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, **settings
 
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such checkpoint folder, or no config or weights in it.
-        CheckpointError: the config or the weights are damaged or of another kind, or tensors are missing, unexpected or
-            of the wrong shape.
+        CheckpointError: the config or the weights are damaged or of another kind, the model is not for segmentation, or
+            tensors are missing, unexpected or of the wrong shape.
         ValueError: a setting is not allowed.
     """
     if Path(path).exists() or Path(path).is_absolute():
@@ -40,7 +45,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, **settings
     try:
         with quiet_transformers():
             # mismatched sizes are let through here only to be reported with the other faults below
-            model, info = _model_class(path).from_pretrained(
+            model, info = _model_class(path, any_head).from_pretrained(
                 path, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **chosen
             )
     except StrictDataclassError as error:  # not a ValueError, and its text has several lines
@@ -52,21 +57,28 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, **settings
     return loaded
 
 
-def _model_class(path: str | Path) -> type[PreTrainedModel]:
-    """The segmentation class for the checkpoint's configuration.
+def _model_class(path: str | Path, any_head: bool) -> type[PreTrainedModel]:
+    """The class that the checkpoint's configuration names; its segmentation class where it names none that is known.
 
     Raises:
-        CheckpointError: the configuration is not one of this package's.
+        CheckpointError: the configuration is not one of this package's, or the class is not for segmentation.
     """
-    from ..auto import AUTO_MODELS
-
-    classes = {config.model_type: models[AutoModelForSemanticSegmentation] for config, models in AUTO_MODELS.items()}
-    model_type = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
-    if model_type not in classes:
+    config = PreTrainedConfig.get_config_dict(path)[0]
+    model_type = config.get("model_type")
+    if str(model_type) not in ARCHITECTURES:
         raise CheckpointError(
-            f"{path}: config.json must have model_type {' or '.join(map(repr, classes))}, got {model_type!r}"
+            f"{path}: config.json must have model_type {' or '.join(map(repr, ARCHITECTURES))}, got {model_type!r}"
         )
-    chosen: type[PreTrainedModel] = classes[model_type]
+    row = ARCHITECTURES[model_type]
+    [name, *_] = config.get("architectures") or [None]
+    auto_class = row.models.get(name, SEGMENTATION)
+    if auto_class != SEGMENTATION and not any_head:
+        wanted = row.classes[SEGMENTATION].rpartition(":")[2]
+        raise CheckpointError(
+            f"{path} holds {name}, which has no segmentation head; give a checkpoint of {wanted} "
+            "(`ailurus-hf info` describes any)"
+        )
+    chosen: type[PreTrainedModel] = row.load(auto_class)
     return chosen
 
 

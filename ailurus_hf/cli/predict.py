@@ -42,11 +42,12 @@ def predict(
     """
     from ..data.images import list_images, read_image
     from ..evaluation import segment_image
+    from ..utils.files import check_output_directory
     from ..visualization import model_palette
 
     files = list_images(images)
     _refuse_equal_names(files)
-    _refuse_unwritable(out)
+    check_output_directory(out, overwrite=True)  # it would be a pity to find out after the model has run
     network = load_on_device(model, device, dtype, keep_ratio=keep_ratio, cluster_layer=cluster_layer)
     processor, palette = load_processor(model), model_palette(network.config)
     names = [network.config.id2label[label] for label in range(network.config.num_labels)]
@@ -74,13 +75,6 @@ def _refuse_equal_names(files: list[Path]) -> None:
         raise ValueError(
             f"{count} pictures would all be written as {stem}.*: {same}; predict them into separate folders"
         )
-
-
-def _refuse_unwritable(out: Path) -> None:
-    """Before the model is loaded and run: it would be a pity to find out afterwards."""
-    from ..utils.files import check_output_directory
-
-    check_output_directory(out, overwrite=True)
 
 
 def _progress(files: list[Path]) -> Any:

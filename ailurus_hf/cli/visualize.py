@@ -30,6 +30,7 @@ def visualize(
     """Draw one picture's clusters, its dense and merged predictions, and where they differ."""
     from ..data.images import read_image
     from ..evaluation import segment_image
+    from ..visualization.figure import shown_stages
 
     if out.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--out must end in .png, .pdf or .svg, got {out}")
@@ -41,10 +42,11 @@ def visualize(
     dense = segment_image(network, processor, picture)
     save_figure(out, network, picture, dense, merged)
     agreement = float((dense.labels == merged.labels).mean())
-    assert merged.clusters is not None  # no sliding windows here
-    typer.echo(
-        f"{merged.num_tokens} of {merged.clusters.size} tokens, {agreement:.1%} of the pixels as in the dense model"
-    )
+    counts = [
+        f"{stage.name}{': ' if stage.name else ''}{stage.num_tokens} of {stage.clusters.size} tokens"
+        for stage in shown_stages(merged)
+    ]
+    typer.echo(f"{', '.join(counts)}, {agreement:.1%} of the pixels as in the dense model")
     typer.echo(f"written to {out}")
 
 

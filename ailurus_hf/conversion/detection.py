@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..registry import ARCHITECTURES
 from ..utils.errors import CheckpointError
 from .reading.sources import find_weights, locate, read_json, read_tensors
 from .recipes.segformer import ORIGINS
@@ -72,7 +73,7 @@ def _in_model(evidence: Evidence) -> bool:
 
 
 SIGNS = (
-    Sign("ailurus", "config.json with model_type 'ailurus'", lambda e: _model_type(e) == "ailurus"),
+    Sign("ailurus", "config.json with a model_type of this package", lambda e: _model_type(e) in ARCHITECTURES),
     Sign("transformers", "config.json with a model_type of a plain ViT", lambda e: _model_type(e) in FAMILIES),
     Sign(
         "timm",
@@ -122,6 +123,8 @@ def recognise(source: str | Path) -> tuple[str, str]:
         CheckpointError: the source is unreadable, of an unsupported family, ambiguous, or none that is known.
     """
     evidence = _gather(source)
+    if _model_type(evidence) in ARCHITECTURES:  # first: their tensors may have the names of another project
+        return "ailurus", f"it has {SIGNS[0].looks_for}"
     if segformer := next((key for key in ORIGINS.values() if key in evidence.tensors), None):
         return "segformer", f"it has a tensor named {segformer}"
     refuse_unsupported(source, evidence.tensors, _model_type(evidence))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from .accumulator import Accumulator
 from .boundary import BoundaryScore
 from .depth import DepthErrors
-from .inference import Segmentation, class_scores, segment_image
+from .inference import ClusterMap, Segmentation, class_scores, segment_image
 from .loop import BudgetResult, EvaluationReport, evaluate_segmentation
 from .segmentation import Agreement, ConfusionMatrix
 from .sliding_window import sliding_window_logits
@@ -19,6 +19,7 @@ __all__ = [
     "Agreement",
     "BoundaryScore",
     "BudgetResult",
+    "ClusterMap",
     "ConfusionMatrix",
     "DepthErrors",
     "EvaluationReport",

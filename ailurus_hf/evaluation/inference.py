@@ -10,9 +10,29 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..registry import architecture_of, has_architecture
 from .sliding_window import sliding_window_logits
 
-__all__ = ["Segmentation", "class_scores", "segment_image"]
+__all__ = ["ClusterMap", "Segmentation", "class_scores", "segment_image"]
+
+
+class ClusterMap(NamedTuple):
+    """How the tokens of one grid of a model were merged.
+
+    Attributes:
+        name: the stage, such as "stage 3"; "" where the model has one grid only.
+        clusters: (rows, columns) int64, cluster of every patch.
+        patch_size: height and width of a patch in pixels of the picture (not whole numbers if it was resized).
+    """
+
+    name: str
+    clusters: np.ndarray
+    patch_size: tuple[float, float]
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens that the merged layers run on."""
+        return int(self.clusters.max()) + 1
 
 
 class Segmentation(NamedTuple):
@@ -20,20 +40,26 @@ class Segmentation(NamedTuple):
 
     Attributes:
         labels: (height, width) int64, class of every pixel of the picture.
-        clusters: (rows, columns) int64, cluster of every patch; None for sliding windows, several views and models
-            that do not say.
-        patch_size: height and width of a patch in pixels of the picture (not whole numbers if it was resized); None
-            without clusters.
+        stages: the clusters of every stage; none for sliding windows, several views and models that do not say.
     """
 
     labels: np.ndarray
-    clusters: np.ndarray | None
-    patch_size: tuple[float, float] | None
+    stages: tuple[ClusterMap, ...] = ()
+
+    @property
+    def clusters(self) -> np.ndarray | None:
+        """Clusters of the only stage; None where there is none, or several."""
+        return self.stages[0].clusters if len(self.stages) == 1 else None
+
+    @property
+    def patch_size(self) -> tuple[float, float] | None:
+        """Height and width of the only stage's patches in pixels of the picture; None without clusters."""
+        return self.stages[0].patch_size if len(self.stages) == 1 else None
 
     @property
     def num_tokens(self) -> int | None:
         """Number of patch tokens that the merged layers run on; None without clusters."""
-        return None if self.clusters is None else int(self.clusters.max()) + 1
+        return self.stages[0].num_tokens if len(self.stages) == 1 else None
 
 
 @torch.no_grad()
@@ -102,20 +128,33 @@ def segment_image(
     if not (sliding_window or flip or tuple(scales) != (1.0,)):
         return _segment_whole(model, pixel_values, size)
     scores = class_scores(model, pixel_values, size, sliding_window=sliding_window, flip=flip, scales=scales)
-    return Segmentation(scores[0].argmax(0).cpu().numpy(), None, None)
+    return Segmentation(scores[0].argmax(0).cpu().numpy())
 
 
 @torch.no_grad()
 def _segment_whole(model: PreTrainedModel, pixel_values: Tensor, size: tuple[int, int]) -> Segmentation:
-    """One view of the whole picture: the only one with clusters to tell of."""
+    """One view of the whole picture: the only case with clusters to tell of."""
     output = model(pixel_values)
-    height, width = pixel_values.shape[-2:]
-    clusters = patch_size = None
-    if isinstance(getattr(output, "assignment", None), Tensor):  # hierarchical models have clusters in every stage
-        clusters = output.assignment[0].view(model.config.patch_grid(height, width)).cpu().numpy()
-        patch_size = (model.config.patch_size * size[0] / height, model.config.patch_size * size[1] / width)
     logits = _resize(output.logits, size)
-    return Segmentation(logits[0].argmax(0).cpu().numpy(), clusters, patch_size)
+    return Segmentation(logits[0].argmax(0).cpu().numpy(), _cluster_maps(model.config, output, pixel_values, size))
+
+
+def _cluster_maps(config: Any, output: Any, pixel_values: Tensor, size: tuple[int, int]) -> tuple[ClusterMap, ...]:
+    """The first picture's clusters in every stage, for a picture of this height and width."""
+    assignments = getattr(output, "assignment", None)
+    if assignments is None or not has_architecture(config):
+        return ()
+    height, width = pixel_values.shape[-2:]
+    stages = architecture_of(config).stages(config, height, width)
+    assignments = [assignments] if isinstance(assignments, Tensor) else assignments
+    return tuple(
+        ClusterMap(
+            stage.name,
+            assignment[0].view(stage.grid).cpu().numpy(),
+            (stage.pixels_per_token * size[0] / height, stage.pixels_per_token * size[1] / width),
+        )
+        for stage, assignment in zip(stages, assignments, strict=True)
+    )
 
 
 def _views(pixel_values: Tensor, flip: bool, scales: Sequence[float]) -> Iterator[tuple[Tensor, bool]]:

@@ -18,6 +18,7 @@ from ..benchmark import SpeedUp, count_flops, speed_up, time_side_by_side
 from ..budget import has_budget, with_budget
 from ..data.images import ImageFileError
 from ..data.labelled import LabelledImage
+from ..registry import has_architecture
 from .accumulator import Accumulator
 from .boundary import BoundaryScore
 from .inference import Segmentation, segment_image
@@ -217,9 +218,7 @@ def _evaluate_picture(
 
 
 def _gflops(model: PreTrainedModel, image_processor: Any, sample: LabelledImage, keep_ratio: float) -> float | None:
-    from ..auto import AUTO_MODELS
-
-    if type(model.config) not in AUTO_MODELS:
+    if not has_architecture(model.config):
         return None
     size = image_processor(sample.image, return_tensors="pt")["pixel_values"].shape[-2:]
     return count_flops(model, *size, keep_ratio=keep_ratio, num_clusters=None) / 1e9

@@ -6,19 +6,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..architectures.row import FEATURES, SEGMENTATION, TASKS
+from ..registry import architecture_of
+
 __all__ = ["AILURUS_CITATION", "CardResult", "CardSource", "build_model_card"]
 
 PROJECT_TAGS = ["ailurus", "vision-transformer", "token-reduction"]
-TASKS = {
-    "AiluRusForSemanticSegmentation": ("image-segmentation", "AutoModelForSemanticSegmentation"),
-    "AiluRusForImageClassification": ("image-classification", "AutoModelForImageClassification"),
-    "AiluRusModel": ("image-feature-extraction", "AutoModel"),
-    "AiluRusBackbone": ("image-feature-extraction", "AutoBackbone"),
-    "AiluRusSegformerForSemanticSegmentation": ("image-segmentation", "AutoModelForSemanticSegmentation"),
-    "AiluRusSegformerModel": ("image-feature-extraction", "AutoModel"),
-    "AiluRusSegformerBackbone": ("image-feature-extraction", "AutoBackbone"),
-}
-
 AILURUS_CITATION = """@inproceedings{li2023ailurus,
   title     = {AiluRus: A Scalable ViT Framework for Dense Prediction},
   author    = {Li, Jin and Wang, Yaoming and Zhang, Xiaopeng and Shi, Bowen and Jiang, Dongsheng and Li, Chenglin and
@@ -89,8 +82,12 @@ def build_model_card(
         dataset: name of the data set that the results were measured on.
         results: quality at one or several budgets, also listed in the card's metadata.
         training: settings of the training run, name -> value.
+
+    Raises:
+        TypeError: `config` is not one of this package's.
     """
-    task = TASKS[model_class][0] if model_class in TASKS else "image-segmentation"
+    auto_class = architecture_of(config).models.get(model_class, SEGMENTATION)
+    task = TASKS[auto_class]
     data = ModelCardData(
         license=license,
         library_name="transformers",
@@ -101,10 +98,10 @@ def build_model_card(
     )
     sections = [
         f"# {_title(source, model_class)}",
-        _description(config, source),
+        _description(config, source, task),
         *([f"## Results\n\n{_result_table(results, dataset)}"] if results else []),
         *([f"## Training\n\n{_settings_list(training)}"] if training else []),
-        f"## How to load it\n\n{_usage(model_class, remote_code, repo)}",
+        f"## How to load it\n\n{_usage(auto_class if remote_code else model_class, remote_code, repo)}",
         f"## Licence\n\n{_licence(license, source)}",
         f"## Citation\n\n{_citations(source)}",
     ]
@@ -141,51 +138,20 @@ def _title(source: CardSource | None, model_class: str) -> str:
     return f"AiluRus from {source.title}" if source else model_class
 
 
-def _description(config: Any, source: CardSource | None) -> str:
-    lines = _hierarchical_encoder(config) if hasattr(config, "stage_ratios") else _plain_encoder(config)
-    lines.append(f"- Classes: {config.num_labels}.")
+def _description(config: Any, source: CardSource | None, task: str) -> str:
+    lines = list(architecture_of(config).card(config))
+    if task != FEATURES:
+        lines.append(f"- Classes: {config.num_labels}.")
     if source is not None:
         origin = f"[{source.title}]({source.url})" if source.url else source.title
         lines.append(f"- Converted from {origin}: `{source.file_name}`, SHA-256 `{source.sha256}`.")
     return "\n".join(lines)
 
 
-def _plain_encoder(config: Any) -> list[str]:
-    height, width = config.grid_size
-    budget = f"{config.num_clusters} tokens" if config.num_clusters else f"{config.keep_ratio:.0%} of the tokens"
-    return [
-        "A plain vision transformer that runs most of its layers on fewer tokens: after "
-        f"{config.cluster_layer} layers similar neighbouring patches are merged, and the full grid comes back at the "
-        "end (AiluRus, arXiv 2311.01197).",
-        "",
-        f"- Encoder: {config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads, "
-        f"patches of {config.patch_size} pixels, positions for a {height} x {width} grid; any image size works.",
-        f"- Budget: {budget} from layer {config.cluster_layer} on; change it at load with `keep_ratio=...` "
-        "(1 merges nothing).",
-    ]
-
-
-def _hierarchical_encoder(config: Any) -> list[str]:
-    ratios = ", ".join(f"{ratio:g}" for ratio in config.stage_ratios)
-    budget = f"{config.num_clusters} tokens in each stage that merges" if config.num_clusters else "by these shares"
-    return [
-        "A SegFormer that runs the later blocks of its stages on fewer tokens: after "
-        f"{config.cluster_layer} blocks of a stage similar neighbouring tokens are merged, and the full grid comes "
-        "back at the stage's end (AiluRus, arXiv 2311.01197, in SegFormer, arXiv 2105.15203).",
-        "",
-        f"- Encoder: stages of {', '.join(map(str, config.depths))} blocks, {', '.join(map(str, config.hidden_sizes))} "
-        f"wide, {', '.join(map(str, config.num_attention_heads))} heads; images of at least {config.min_image_size} "
-        "pixels a side.",
-        f"- Budget: {budget}; tokens kept per stage: {ratios}. Change it at load with `stage_keep_ratios=...`, or with "
-        "`keep_ratio=...` (1 merges nothing).",
-    ]
-
-
-def _usage(model_class: str, remote_code: bool, repo: str) -> str:
-    package, load, arguments = "ailurus_hf", model_class, ""
-    if remote_code:
-        package, load, arguments = "transformers", TASKS[model_class][1], ", trust_remote_code=True"
-    imports = [f"from {package} import {load}", "from transformers import AutoImageProcessor"]
+def _usage(load: str, remote_code: bool, repo: str) -> str:
+    """How to load it with the class of this name, transformers' or this package's."""
+    arguments = ", trust_remote_code=True" if remote_code else ""
+    imports = [f"from ailurus_hf import {load}", "from transformers import AutoImageProcessor"]
     if remote_code:
         imports = [f"from transformers import AutoImageProcessor, {load}"]
     code = [

@@ -8,8 +8,8 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..auto import AUTO_MODELS
 from ..modeling.image_processing_ailurus import AiluRusImageProcessor
+from ..registry import architecture_of, has_architecture
 from ..utils.files import atomic_directory
 from .model_card import build_model_card
 
@@ -43,18 +43,20 @@ def save_with_code(
         TypeError: `model` is not one of this package's models.
         FileExistsError: `folder` exists and `overwrite` is False.
     """
-    if type(getattr(model, "config", None)) not in AUTO_MODELS:
+    if not has_architecture(getattr(model, "config", None)):
         raise TypeError(f"model must be one of this package's models, got {type(model).__name__}")
     image_processor = image_processor or AiluRusImageProcessor()
     with atomic_directory(folder, overwrite=overwrite, marker="config.json") as staging:
         model.save_pretrained(staging, **save_kwargs)
         image_processor.save_pretrained(staging)
-        # The configuration and the operations come along as relative imports of the modelling file.
-        custom_object_save(model, staging)
+        row = architecture_of(model.config)
+        for auto_class in row.classes:  # with what their modules import relatively
+            custom_object_save(row.load(auto_class), staging)
         custom_object_save(image_processor, staging)
-        _add_to_json(staging / "config.json", auto_map=_auto_map(type(model.config)))
-        processor_map = {"AutoImageProcessor": _reference(type(image_processor))}
-        _add_to_json(staging / "preprocessor_config.json", auto_map=processor_map)
+        auto_map = {auto_class: _reference(path) for auto_class, path in row.classes.items()}
+        _add_to_json(staging / "config.json", auto_map=auto_map)
+        processor = _reference(f"{type(image_processor).__module__}:{type(image_processor).__name__}")
+        _add_to_json(staging / "preprocessor_config.json", auto_map={"AutoImageProcessor": processor})
         card = build_model_card(
             model.config, license=license, model_class=type(model).__name__, remote_code=True, repo=Path(folder).name
         )
@@ -62,17 +64,9 @@ def save_with_code(
     return Path(folder)
 
 
-def _auto_map(config_class: type[Any]) -> dict[str, str]:
-    models = {auto_class.__name__: _reference(model) for auto_class, model in AUTO_MODELS[config_class].items()}
-    return {
-        "AutoConfig": _reference(config_class),
-        "AutoImageProcessor": _reference(AiluRusImageProcessor),
-        **models,
-    }
-
-
-def _reference(cls: type[Any]) -> str:
-    return f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}"
+def _reference(path: str) -> str:
+    """The class at "package.module:Class" as `auto_map` names it: "module.Class"."""
+    return path.rpartition(".")[2].replace(":", ".")
 
 
 def _add_to_json(path: Path, **entries: Any) -> None:

@@ -116,6 +116,8 @@ class Grouping:
             it.
         places: (settings, layers that run on merged tokens) -> those before which it is called; by default the first.
         takes: which of the hints `protect`, `importance` and `seed` it heeds; others are refused.
+        flops: (settings, number of tokens, hidden_size) -> floating-point operations of grouping one image's tokens
+            that are no matrix product, which PyTorch counts by itself; None for none.
     """
 
     assign: Assign | None = None
@@ -123,6 +125,7 @@ class Grouping:
     build: Callable[[Any], nn.Module] | None = None
     places: Callable[[AdaptiveResolutionMixin, range], Sequence[int]] | None = None
     takes: tuple[str, ...] = ()
+    flops: Callable[[AdaptiveResolutionMixin, int, int], int] | None = None
 
     def __post_init__(self) -> None:
         if sum(way is not None for way in (self.assign, self.reduce, self.build)) != 1:
@@ -142,6 +145,11 @@ def _density_peaks(
     )
 
 
+def _density_peaks_flops(settings: AdaptiveResolutionMixin, num_tokens: int, hidden_size: int) -> int:
+    """Subtract, square and add over the hidden size, once for each pair of neighbours."""
+    return 3 * hidden_size * num_tokens * math.ceil(settings.neighborhood_size / 2)
+
+
 def _grid(
     tokens: Tensor, grid: Grid, num_groups: int, settings: AdaptiveResolutionMixin, context: ReductionContext
 ) -> tuple[Tensor, Tensor]:
@@ -150,7 +158,7 @@ def _grid(
 
 
 GROUPINGS: dict[str, Grouping] = {
-    "density_peaks": Grouping(assign=_density_peaks),
+    "density_peaks": Grouping(assign=_density_peaks, flops=_density_peaks_flops),
     "grid": Grouping(assign=_grid),
 }
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..auto import AUTO_MODELS
 from ..budget import keep_ratio_of, with_budget
 from ..data.dataset import SegmentationCollator
 from ..evaluation import ConfusionMatrix, SegmentationMetrics, predictions_from_logits
 from ..hub.model_card import CardResult, build_model_card
+from ..registry import has_architecture
 from .loss import SegmentationLoss
 from .optimization import layerwise_parameter_groups
 
@@ -131,7 +131,7 @@ class SegmentationTrainer(Trainer):
             return
         model = self.accelerator.unwrap_model(self.model)
         base = model.get_base_model() if hasattr(model, "peft_config") else model
-        if type(base.config) not in AUTO_MODELS:
+        if not has_architecture(base.config):
             super().create_model_card(license=license, model_name=model_name, dataset=dataset, **kwargs)
             return
         card = build_model_card(

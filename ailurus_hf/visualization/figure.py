@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..evaluation.inference import Segmentation
+from ..evaluation.inference import ClusterMap, Segmentation
 from .labels import colour_labels
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ MAX_LEGEND_CLASSES = 20
 def adaptive_resolution_figure(
     image: Image.Image, dense: Segmentation, merged: Segmentation, palette: np.ndarray, names: list[str]
 ) -> "Figure":
-    """Picture, clusters, dense prediction, merged prediction, and where the two differ.
+    """Picture, clusters of every stage that merges, dense prediction, merged prediction, and where the two differ.
 
     Args:
         image: the picture.
@@ -36,28 +36,45 @@ def adaptive_resolution_figure(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: `merged` has no clusters, since it comes from sliding windows.
+        ValueError: `merged` has no clusters, since it comes from sliding windows or its model has none.
     """
-    if merged.clusters is None:
-        raise ValueError("merged must have clusters, got a segmentation by sliding windows or of a hierarchical model")
+    stages = shown_stages(merged)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install 'ailurus-hf[viz]'") from error
-    wide = image.width / image.height
+    columns = max((len(stages) + 6) // 2, len(stages) + 1)  # two rows for the clusters, four pictures and the legend
     panel_height = 3.2
-    figure = Figure(figsize=(3 * panel_height * wide + 0.4, 2 * panel_height + 0.9), dpi=110, layout="constrained")
-    axes = figure.subplots(2, 3)
+    panel_width = max(panel_height * image.width / image.height, 4.0)  # the legend's text needs as much
+    size = (columns * panel_width + 0.4, 2 * panel_height + 0.9)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    top, bottom = figure.subplots(2, columns)
+    for axes in (*top, *bottom):
+        axes.set_axis_off()
     differs = dense.labels != merged.labels
-    total, kept = merged.clusters.size, merged.num_tokens or 0
-    _show(axes[0, 0], image, f"Image: {merged.clusters.shape[0]} x {merged.clusters.shape[1]} = {total} patches")
-    _show(axes[0, 1], image, f"Clusters: {kept} tokens ({kept / total:.0%})")
-    _draw_clusters(axes[0, 1], merged)
-    _explain(axes[0, 2], dense.labels, merged.labels, palette, names)
-    _show(axes[1, 0], colour_labels(dense.labels, palette), f"Dense: every layer on {total} tokens")
-    _show(axes[1, 1], colour_labels(merged.labels, palette), f"Merged: later layers on {kept} tokens")
-    _show(axes[1, 2], _mark(image, differs), f"Different: {differs.mean():.1%} of the pixels, in red")
+    _show(top[0], image, f"Image: {image.height} x {image.width} pixels")
+    for axes, stage in zip(top[1:], stages, strict=False):
+        total, kept = stage.clusters.size, stage.num_tokens
+        _show(axes, image, f"{stage.name or 'clusters'}: {kept} of {total} tokens ({kept / total:.0%})".capitalize())
+        _draw_clusters(axes, stage)
+    _show(bottom[0], colour_labels(dense.labels, palette), "Dense: every layer on all tokens")
+    _show(bottom[1], colour_labels(merged.labels, palette), "Merged: later layers on the clusters")
+    _show(bottom[2], _mark(image, differs), f"Different: {differs.mean():.1%} of the pixels, in red")
+    free = [*top[1 + len(stages) :], *bottom[3:]]
+    _explain(free[0], dense.labels, merged.labels, palette, names)
     return figure
+
+
+def shown_stages(merged: Segmentation) -> list[ClusterMap]:
+    """The stages that merge; the last one where none does.
+
+    Raises:
+        ValueError: the segmentation has no clusters.
+    """
+    if not merged.stages:
+        raise ValueError("merged must have clusters, got a segmentation by sliding windows or of a model without")
+    merging = [stage for stage in merged.stages if stage.num_tokens < stage.clusters.size]
+    return merging or [merged.stages[-1]]
 
 
 def cluster_borders(clusters: np.ndarray, patch_size: tuple[float, float]) -> np.ndarray:
@@ -84,16 +101,14 @@ def _show(axes: "Axes", image: Image.Image, title: str) -> None:
     # In pixels from the upper left corner of the upper left pixel, like the borders of the clusters.
     axes.imshow(np.asarray(image), extent=(0, image.width, image.height, 0), interpolation="nearest")
     axes.set_title(title, fontsize=11)
-    axes.set_axis_off()
 
 
-def _draw_clusters(axes: "Axes", merged: Segmentation) -> None:
+def _draw_clusters(axes: "Axes", stage: ClusterMap) -> None:
     from matplotlib.collections import LineCollection
 
-    assert merged.clusters is not None  # checked by the caller
-    assert merged.patch_size is not None  # comes with the clusters
-    borders = cluster_borders(merged.clusters, merged.patch_size)
-    axes.add_collection(LineCollection(list(borders), colors=BORDER, linewidths=0.8))
+    borders = cluster_borders(stage.clusters, stage.patch_size)
+    lines = LineCollection(list(borders), colors=BORDER, linewidths=0.8)
+    axes.add_collection(lines, autolim=False)  # the last patches may reach beyond the picture
 
 
 def _explain(axes: "Axes", dense: np.ndarray, merged: np.ndarray, palette: np.ndarray, names: list[str]) -> None:
@@ -106,7 +121,6 @@ def _explain(axes: "Axes", dense: np.ndarray, merged: np.ndarray, palette: np.nd
         Patch(facecolor=palette[label] / 255, edgecolor="none", label=names[label])
         for label in present[:MAX_LEGEND_CLASSES]
     ]
-    axes.set_axis_off()
     axes.legend(handles=handles, loc="upper left", ncols=3, frameon=False, fontsize=10)
     text = (
         "Look-alike patches inside objects share one token\n(large cells); patches along contours keep their\n"

@@ -29,6 +29,7 @@ def test_settings_are_kept_until_given(vit):
     apply_ailurus(vit, 1, 0.25, neighborhood_size=8, unfold="copy")
     apply_ailurus(vit, keep_ratio=0.5)
     assert vit.config.ailurus == {
+        "grouping": "density_peaks",
         "cluster_layer": 1,
         "keep_ratio": 0.5,
         "num_clusters": None,

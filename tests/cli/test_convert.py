@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import pytest
 from safetensors.torch import load_file
 
 from ailurus_hf import AiluRusConfig
-from ailurus_hf.cli import app as app_module
 from ailurus_hf.cli.app import main
 from ailurus_hf.conversion import engine
 from ailurus_hf.utils import files
@@ -217,7 +217,7 @@ def test_spinner_only_for_people(
     source: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a terminal the steps are shown on stderr, and stdout stays a program's."""
-    monkeypatch.setattr(app_module.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("FORCE_COLOR", "1")
     code, out, err = run(capfd, "convert", "segmenter", source, "out", "--json")
     assert code == 0

@@ -11,8 +11,11 @@ from PIL import Image
 from safetensors.torch import load, save_file
 
 from ailurus_hf import (
+    AiluRusForImageClassification,
     AiluRusForSemanticSegmentation,
     AiluRusImageProcessor,
+    AiluRusModel,
+    AiluRusSegformerBackbone,
     AiluRusSegformerForSemanticSegmentation,
 )
 from ailurus_hf.cli.app import main
@@ -223,7 +226,8 @@ def test_info_counts_tokens_and_cost(capfd):
 
 def test_info_refuses_images_below_a_patch(capfd):
     line = refused(capfd, "info", "model", "--height", "5")
-    assert "--height and --width must be at least one patch of 8 pixels, got 5 x 48" in line
+    assert "pixel_values must be at least one patch of 8 x 8 pixels, got height and width (5, 48)" in line
+    assert "Invalid value for '--width'" in refused(capfd, "info", "model", "--width", "0")
 
 
 def test_an_exact_count_in_the_checkpoint_yields_to_keep_ratio(capfd):
@@ -270,5 +274,59 @@ def test_predict_with_a_hierarchical_model(capfd):
     assert code == 0
     [report] = json.loads(out)
     assert report["tokens"] is None
-    assert "info describes plain vision transformers" in refused(capfd, "info", "stages")
-    assert "of a hierarchical model" in refused(capfd, "visualize", "pictures/first.png", "--model", "stages")
+
+
+def test_info_of_a_hierarchical_model(capfd):
+    tiny_segformer(AiluRusSegformerForSemanticSegmentation).save_pretrained("stages")
+    code, out, _ = run(capfd, "info", "stages", "--height", "64", "--width", "100", "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert report["architecture"]["blocks"] == [2, 3, 3, 2]
+    assert report["merging"]["stage_keep_ratios"] == [1, 1, 0.5, 0.5]
+    cost = report["one image of 64 x 100 pixels"]
+    assert [cost[f"stage {stage} tokens"] for stage in (1, 2, 3, 4)] == [
+        "16 x 25 = 400", "8 x 13 = 104", "4 x 7 = 28", "2 x 4 = 8",
+    ]  # fmt: skip
+    assert [cost[f"stage {stage} tokens after merging"] for stage in (1, 2, 3, 4)] == [400, 104, 14, 4]
+    code, text, _ = run(capfd, "info", "stages")
+    assert code == 0
+    assert "one image of 64 x 64 pixels" in text
+
+
+def test_visualize_a_hierarchical_model(capfd):
+    tiny_segformer(AiluRusSegformerForSemanticSegmentation).save_pretrained("stages")
+    AiluRusImageProcessor().save_pretrained("stages")
+    code, out, _ = run(capfd, "visualize", "pictures/first.png", "--model", "stages", "--out", "f.png")
+    assert code == 0
+    assert out.splitlines()[0].startswith("stage 3: 8 of 15 tokens, stage 4: 3 of 6 tokens, ")
+    with Image.open("f.png") as figure:
+        assert figure.size[0] > 500
+
+
+@pytest.mark.parametrize(
+    ("model", "segmenter"),
+    [
+        (lambda: tiny_model(AiluRusModel), "AiluRusForSemanticSegmentation"),
+        (lambda: tiny_model(AiluRusForImageClassification), "AiluRusForSemanticSegmentation"),
+        (lambda: tiny_segformer(AiluRusSegformerBackbone), "AiluRusSegformerForSemanticSegmentation"),
+    ],
+    ids=["encoder", "classifier", "backbone"],
+)
+def test_checkpoints_without_a_segmentation_head(capfd, model, segmenter):
+    model = model()
+    name = type(model).__name__
+    model.save_pretrained("other")
+    capfd.readouterr()  # transformers' progress bar
+    said = f"other holds {name}, which has no segmentation head; give a checkpoint of {segmenter}"
+    for command in ("predict", "visualize"):
+        assert said in refused(capfd, command, "pictures/first.png", "--model", "other")
+    Path("labels").mkdir()
+    for file in ("first.png", "second.png"):
+        Image.new("L", (70, 44)).save(f"labels/{file}")
+    assert said in refused(capfd, "evaluate", "--model", "other", "--images", "pictures", "--labels", "labels")
+    code, out, _ = run(capfd, "info", "other", "--json")
+    assert code == 0
+    architecture = json.loads(out)["architecture"]
+    assert architecture["class"] == name
+    assert "head" not in architecture
+    assert ("classes" in architecture) == name.endswith("Classification")

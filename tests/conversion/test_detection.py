@@ -15,7 +15,7 @@ from ailurus_hf.conversion.detection import Evidence, recognise
 from ailurus_hf.conversion.engine import RECIPES
 from tests.conversion.segmenter_files import segmenter_variant, write_segmenter
 from tests.conversion.vit_files import HEADS, vit_tensors, write_timm
-from tests.factories import tiny_model
+from tests.factories import tiny_model, tiny_segformer
 from tests.paths import golden
 
 KNOWN = [
@@ -145,6 +145,21 @@ class TestAilurus:
         assert AiluRusConfig.from_pretrained(tmp_path / "out").to_dict() == expected
         assert list(AiluRusImageProcessor.from_pretrained(tmp_path / "out").image_mean) == [0.1, 0.2, 0.3]
 
+    @pytest.mark.parametrize(
+        "name", ["AiluRusSegformerForSemanticSegmentation", "AiluRusSegformerModel", "AiluRusSegformerBackbone"]
+    )
+    def test_hierarchical_models(self, name: str, tmp_path: Path) -> None:
+        model = tiny_segformer(getattr(ailurus_hf, name))
+        model.save_pretrained(tmp_path / "in")
+        report = convert_checkpoint("auto", tmp_path / "in", tmp_path / "out", stage_keep_ratios=[1, 0.5, 0.5, 1])
+        assert report.recipe == "ailurus"
+        assert report.verification is not None
+        assert report.verification.largest_difference <= 1e-5
+        loaded = type(model).from_pretrained(tmp_path / "out")
+        assert loaded.config.stage_ratios == (1, 0.5, 0.5, 1)
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(tensor, loaded.state_dict()[key])
+
     def test_command_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         tiny_model(AiluRusForSemanticSegmentation).save_pretrained("in")
@@ -162,5 +177,5 @@ class TestAilurus:
         with pytest.raises(CheckpointError, match="architectures must name one of"):
             convert_checkpoint("ailurus", tmp_path / "in", tmp_path / "out")
         config.write_text(json.dumps(settings | {"model_type": "vit"}))
-        with pytest.raises(CheckpointError, match="model_type must be 'ailurus', got 'vit'"):
+        with pytest.raises(CheckpointError, match="'ailurus' or 'ailurus_segformer', got 'vit'"):
             convert_checkpoint("ailurus", tmp_path / "in", tmp_path / "out")

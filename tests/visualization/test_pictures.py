@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ailurus_hf.evaluation import Segmentation
+from ailurus_hf.evaluation import ClusterMap, Segmentation
 from ailurus_hf.visualization import adaptive_resolution_figure, colour_labels, indexed_image, model_palette, overlay
 from ailurus_hf.visualization.figure import cluster_borders
 from tests.factories import tiny_config
@@ -60,7 +60,8 @@ def segmentations():
     other[:4] = 0
     clusters = np.array([[0, 0, 1, 2], [3, 0, 1, 1]])
     identity = np.arange(8).reshape(2, 4)
-    return Segmentation(labels, identity, (8, 8)), Segmentation(other, clusters, (8, 8))
+    dense = Segmentation(labels, (ClusterMap("", identity, (8, 8)),))
+    return dense, Segmentation(other, (ClusterMap("", clusters, (8, 8)),))
 
 
 def test_figure_shows_the_five_panels(segmentations, tmp_path):
@@ -69,8 +70,8 @@ def test_figure_shows_the_five_panels(segmentations, tmp_path):
     figure = adaptive_resolution_figure(image, dense, merged, PALETTE, ["road", "car", "tree"])
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == [
-        "Image: 2 x 4 = 8 patches", "Clusters: 4 tokens (50%)", "", "Dense: every layer on 8 tokens",
-        "Merged: later layers on 4 tokens", "Different: 18.8% of the pixels, in red",
+        "Image: 16 x 32 pixels", "Clusters: 4 of 8 tokens (50%)", "", "Dense: every layer on all tokens",
+        "Merged: later layers on the clusters", "Different: 18.8% of the pixels, in red",
     ]  # fmt: skip
     assert {text.get_text() for text in figure.axes[2].get_legend().get_texts()} == {"road", "car", "tree"}
     figure.savefig(tmp_path / "figure.png")
@@ -78,11 +79,28 @@ def test_figure_shows_the_five_panels(segmentations, tmp_path):
         assert picture.size[0] > 400
 
 
+@pytest.mark.parametrize("num_merging", [0, 1, 2, 3, 4, 5])
+def test_figure_has_a_panel_for_every_stage_that_merges(segmentations, num_merging):
+    dense, merged = segmentations
+    clusters, identity = merged.clusters, dense.clusters
+    stages = [ClusterMap(f"stage {number}", identity, (8, 8)) for number in range(1, 7)]
+    for index in range(num_merging):
+        stages[-1 - index] = ClusterMap(f"stage {6 - index}", clusters, (8, 8))
+    dense, several = (Segmentation(found.labels[:, :30], tuple(stages)) for found in (dense, merged))
+    assert (several.clusters, several.patch_size, several.num_tokens) == (None, None, None)
+    figure = adaptive_resolution_figure(Image.new("RGB", (30, 16)), dense, several, PALETTE, ["a", "b", "c"])
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title().startswith("Stage")]
+    expected = [f"Stage {number}: 4 of 8 tokens (50%)" for number in range(7 - num_merging, 7)]
+    assert titles == (expected or ["Stage 6: 8 of 8 tokens (100%)"])
+    assert all(axes.get_xlim() == (0, 30) for axes in figure.axes if axes.get_title())
+    assert sum(axes.get_legend() is not None for axes in figure.axes) == 1
+
+
 def test_figure_needs_clusters_and_matplotlib(segmentations, monkeypatch):
     dense, merged = segmentations
     image = Image.new("RGB", (32, 16))
     with pytest.raises(ValueError, match="merged must have clusters"):
-        adaptive_resolution_figure(image, dense, merged._replace(clusters=None), PALETTE, ["a", "b", "c"])
+        adaptive_resolution_figure(image, dense, merged._replace(stages=()), PALETTE, ["a", "b", "c"])
     real_import = builtins.__import__
 
     def without_matplotlib(name, *args, **kwargs):

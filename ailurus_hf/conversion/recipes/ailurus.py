@@ -1,17 +1,18 @@
 """The recipe for AiluRus checkpoints: the weights stay, settings such as `keep_ratio` are written anew."""
 
-from collections.abc import Callable, Mapping
-from importlib import import_module
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from ...hub.model_card import TASKS
+from ...architectures.row import Architecture
+from ...registry import ARCHITECTURES
 from ...utils.errors import CheckpointError
-from ..reading.sources import find_weights, license_of, locate, read_json, read_tensors, tensors_of
-from ..recipe import Plan, Recipe, SourceCheckpoint
+from ..reading.files import state_dict_of
+from ..reading.sources import find_weights, license_of, locate, read_json, read_tensors
+from ..recipe import Plan, Recipe, Reference, SourceCheckpoint
 from ..rules import Rename
 
 __all__ = ["RECIPE", "plan_ailurus", "read_ailurus"]
@@ -32,9 +33,10 @@ def read_ailurus(source: str | Path) -> SourceCheckpoint:
     if not config.is_file():
         raise FileNotFoundError(f"no config.json beside {weights}: AiluRus checkpoints keep their settings there")
     description = read_json(config)
-    if description.get("model_type") != "ailurus":
-        raise CheckpointError(f"{config}: model_type must be 'ailurus', got {description.get('model_type')!r}")
-    return SourceCheckpoint(weights, tensors_of(read_tensors(weights), weights, "state_dict"), description)
+    if str(description.get("model_type")) not in ARCHITECTURES:
+        allowed = " or ".join(map(repr, ARCHITECTURES))
+        raise CheckpointError(f"{config}: model_type must be {allowed}, got {description.get('model_type')!r}")
+    return SourceCheckpoint(weights, state_dict_of(read_tensors(weights), weights, "state_dict"), description)
 
 
 def plan_ailurus(checkpoint: SourceCheckpoint) -> Plan:
@@ -43,34 +45,35 @@ def plan_ailurus(checkpoint: SourceCheckpoint) -> Plan:
     Raises:
         CheckpointError: `config.json` names no model of this package.
     """
+    row = ARCHITECTURES[checkpoint.description["model_type"]]
     names = checkpoint.description.get("architectures") or [None]
-    if names[0] not in TASKS:
-        raise CheckpointError(f"config.json: architectures must name one of {', '.join(TASKS)}, got {names!r}")
+    if names[0] not in row.models:
+        raise CheckpointError(f"config.json: architectures must name one of {', '.join(row.models)}, got {names!r}")
+    auto_class = row.models[names[0]]
     folder = checkpoint.weights_path.parent
-    config = _settings(checkpoint)
+    config = _settings(checkpoint, row)
+    output = "last_hidden_state" if auto_class == "AutoModel" else "logits"
     return Plan(
         config=config,
         rules=RULES,
         processor=_processor(folder),
         model_class=names[0],
-        reference=None if names[0] == "AiluRusBackbone" else _dense_forward(config, names[0]),
-        output="last_hidden_state" if names[0] == "AiluRusModel" else "logits",
+        reference=None if auto_class == "AutoBackbone" else _dense_forward(config, row, auto_class, output),
+        output=output,
         pads_images=True,
         license=license_of(folder),
     )
 
 
-def _settings(checkpoint: SourceCheckpoint) -> dict[str, Any]:
-    """All fields of the config, with the defaults of those that the file leaves out."""
-    config_class = import_module("ailurus_hf").AiluRusConfig
+def _settings(checkpoint: SourceCheckpoint, row: Architecture) -> dict[str, Any]:
+    """The fields that the file has, and those that the engine would otherwise choose itself."""
     try:
-        config = config_class.from_dict(dict(checkpoint.description))
+        config = row.load("AutoConfig").from_dict(dict(checkpoint.description))
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise CheckpointError(f"config.json is not valid: {' '.join(str(error).split())}") from error
     written = {name: value for name, value in checkpoint.description.items() if name not in _NOT_FIELDS}
     return {
         **written,
-        "num_hidden_layers": config.num_hidden_layers,
         "cluster_layer": config.cluster_layer,
         "num_labels": config.num_labels,
         "id2label": config.id2label,
@@ -84,18 +87,14 @@ def _processor(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if not name.endswith("_type") and name != "auto_map"}
 
 
-def _dense_forward(
-    config: Mapping[str, Any], model_class: str
-) -> Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]:
+def _dense_forward(config: Mapping[str, Any], row: Architecture, auto_class: str, output: str) -> Reference:
     """The model with its own settings, nothing merged: what the new settings must not change."""
 
     def forward(tensors: Mapping[str, torch.Tensor], pixel_values: torch.Tensor) -> torch.Tensor:
-        package = import_module("ailurus_hf")
-        settings = package.AiluRusConfig(**{**config, "keep_ratio": 1.0, "num_clusters": None})
-        model = getattr(package, model_class)(settings).to(pixel_values.dtype).eval()
+        settings = row.load("AutoConfig")(**{**config, "keep_ratio": 1.0, "num_clusters": None})
+        model = row.load(auto_class)(settings).to(pixel_values.dtype).eval()
         model.load_state_dict(dict(tensors))
-        output = model(pixel_values)
-        result: torch.Tensor = output.last_hidden_state if model_class == "AiluRusModel" else output.logits
+        result: torch.Tensor = model(pixel_values)[output]
         return result
 
     return forward
