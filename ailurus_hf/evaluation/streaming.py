@@ -5,10 +5,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import datasets
-import evaluate
 import numpy as np
 import torch
+
+from ..utils.extras import needs_extra
+
+with needs_extra("eval", "metrics for `evaluate`"):
+    import datasets
+    import evaluate
 
 __all__ = ["StreamingMetric", "load_metric", "metric_names"]
 

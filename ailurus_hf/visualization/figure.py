@@ -1,4 +1,4 @@
-"""The figure that explains adaptive resolution on one picture. Needs matplotlib (`pip install ailurus-hf[viz]`)."""
+"""The figure that explains adaptive resolution on one picture. Needs matplotlib (`pip install 'ailurus-hf[viz]'`)."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..evaluation.inference import Segmentation
+from ..utils.extras import needs_extra
 from .labels import colour_labels
 
 if TYPE_CHECKING:
@@ -40,10 +41,8 @@ def adaptive_resolution_figure(
     """
     if merged.clusters is None:
         raise ValueError("merged must have clusters, got a segmentation by sliding windows or of a hierarchical model")
-    try:
+    with needs_extra("viz", "figures"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'ailurus-hf[viz]'") from error
     wide = image.width / image.height
     panel_height = 3.2
     figure = Figure(figsize=(3 * panel_height * wide + 0.4, 2 * panel_height + 0.9), dpi=110, layout="constrained")
