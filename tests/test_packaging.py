@@ -98,11 +98,7 @@ for package, code in uses:
     sys.modules |= installed
 print(json.dumps(found))
 """
-FIGURE = """
-from types import SimpleNamespace
-from ailurus_hf.visualization import adaptive_resolution_figure
-adaptive_resolution_figure(None, None, SimpleNamespace(clusters=[[0]]), None, None)
-"""
+FIGURE = "from ailurus_hf.visualization import adaptive_resolution_figure as draw; draw(None, None, None, None, None)"
 USES = [
     ("accelerate", "train", "from ailurus_hf.training import SegmentationTrainer"),
     ("matplotlib", "viz", FIGURE),

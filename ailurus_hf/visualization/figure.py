@@ -39,10 +39,11 @@ def adaptive_resolution_figure(
         ImportError: matplotlib is not installed.
         ValueError: `merged` has no clusters, since it comes from sliding windows.
     """
-    if merged.clusters is None:
-        raise ValueError("merged must have clusters, got a segmentation by sliding windows or of a hierarchical model")
     with needs_extra("viz", "figures"):
         from matplotlib.figure import Figure
+
+    if merged.clusters is None:
+        raise ValueError("merged must have clusters, got a segmentation by sliding windows or of a hierarchical model")
     wide = image.width / image.height
     panel_height = 3.2
     figure = Figure(figsize=(3 * panel_height * wide + 0.4, 2 * panel_height + 0.9), dpi=110, layout="constrained")
