@@ -146,3 +146,23 @@ def test_the_command_is_where_the_installed_script_looks():
 def test_which_skips_are_expected(reason, expected):
     """Under --no-unexpected-skips; `expected` tells whether the shared recordings may be there when it is accepted."""
     assert {shared_is_here for shared_is_here in (False, True) if is_expected(reason, shared_is_here)} == expected
+
+
+LAZY = """
+import sys
+import ailurus_hf
+print(sorted({"numpy", "torch", "transformers"} & set(sys.modules)))
+"""
+HELP = """
+import sys
+from ailurus_hf.cli import main
+code = main(["--help"])
+print(code, sorted({"numpy", "torch", "transformers"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(("code", "last"), [(LAZY, "[]"), (HELP, "0 []")], ids=["import", "help"])
+def test_nothing_heavy_is_imported_before_it_is_needed(code, last):
+    done = fresh(code)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == last
