@@ -3,10 +3,14 @@
 import logging
 import os
 import random
+import sys
 import tempfile
+from collections.abc import Generator, Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from .skips import refuse_unexpected
 
 # With several threads the math library divides its sums by how busy the machine is: the same input can then give other
 # bits from one call to the next, and many tests compare bits. Tiny models gain nothing from threads anyway.
@@ -31,6 +35,26 @@ class RaiseOnDeprecation(logging.Handler):
             raise DeprecationWarning(f"logged by {record.name}: {message}")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--no-unexpected-skips", action="store_true", help="fail where a test skips without a declared reason"
+    )
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    return refuse_unexpected(report) if item.config.getoption("no_unexpected_skips") else report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    return refuse_unexpected(report) if collector.config.getoption("no_unexpected_skips") else report
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Set what Hugging Face libraries read on import; subprocesses inherit it."""
     cache = tempfile.TemporaryDirectory(prefix="ailurus_hf_tests_", ignore_cleanup_errors=True)
@@ -50,6 +74,16 @@ def _threads() -> None:
     import torch
 
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    """torch compiles a function only so often per process, and counts what earlier tests compiled."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        import torch
+
+        torch.compiler.reset()
 
 
 @pytest.fixture(autouse=True)

@@ -58,8 +58,11 @@ def load_processor(model: str) -> Any:
 
 def _device(name: str) -> "torch.device":
     import torch
-    from accelerate import PartialState
 
+    from ..utils.extras import needs_extra
+
+    with needs_extra("cli", "the commands"):
+        from accelerate import PartialState
     if name == "auto":
         chosen: torch.device = PartialState().device
         return chosen

@@ -8,10 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from rich.console import Console
-from rich.progress import track
 from transformers import PreTrainedModel
 
 from ..benchmark import SpeedUp, count_flops, speed_up, time_side_by_side
@@ -19,10 +15,17 @@ from ..budget import has_budget, with_budget
 from ..data.images import ImageFileError
 from ..data.labelled import LabelledImage
 from ..registry import has_architecture
+from ..utils.extras import needs_extra
 from .accumulator import Accumulator
 from .boundary import BoundaryScore
 from .inference import Segmentation, segment_image
 from .segmentation import Agreement, ConfusionMatrix, number_or_none
+
+with needs_extra("eval", "evaluations at several budgets"):
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+    from rich.console import Console
+    from rich.progress import track
 
 __all__ = ["BudgetResult", "EvaluationReport", "evaluate_segmentation"]
 

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import datasets
-import evaluate
 import numpy as np
 import torch
 
+from ..utils.extras import needs_extra
 from .accumulator import Accumulator
+
+with needs_extra("eval", "metrics for `evaluate`"):
+    import datasets
+    import evaluate
 
 __all__ = ["StreamingMetric", "load_metric", "metric_names"]
 

@@ -1,4 +1,4 @@
-"""The figure that explains adaptive resolution on one picture. Needs matplotlib (`pip install ailurus-hf[viz]`)."""
+"""The figure that explains adaptive resolution on one picture. Needs matplotlib (`pip install 'ailurus-hf[viz]'`)."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..evaluation.inference import ClusterMap, Segmentation
+from ..utils.extras import needs_extra
 from .labels import colour_labels
 
 if TYPE_CHECKING:
@@ -38,11 +39,10 @@ def adaptive_resolution_figure(
         ImportError: matplotlib is not installed.
         ValueError: `merged` has no clusters, since it comes from sliding windows or its model has none.
     """
-    stages = shown_stages(merged)
-    try:
+    with needs_extra("viz", "figures"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'ailurus-hf[viz]'") from error
+
+    stages = shown_stages(merged)
     columns = max((len(stages) + 6) // 2, len(stages) + 1)  # two rows for the clusters, four pictures and the legend
     panel_height = 3.2
     panel_width = max(panel_height * image.width / image.height, 4.0)  # the legend's text needs as much

@@ -1,5 +1,3 @@
-import builtins
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -96,18 +94,8 @@ def test_figure_has_a_panel_for_every_stage_that_merges(segmentations, num_mergi
     assert sum(axes.get_legend() is not None for axes in figure.axes) == 1
 
 
-def test_figure_needs_clusters_and_matplotlib(segmentations, monkeypatch):
+def test_figure_needs_clusters(segmentations):
     dense, merged = segmentations
     image = Image.new("RGB", (32, 16))
     with pytest.raises(ValueError, match="merged must have clusters"):
         adaptive_resolution_figure(image, dense, merged._replace(stages=()), PALETTE, ["a", "b", "c"])
-    real_import = builtins.__import__
-
-    def without_matplotlib(name, *args, **kwargs):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    with pytest.raises(ImportError, match=r"pip install 'ailurus-hf\[viz\]'"):
-        adaptive_resolution_figure(image, dense, merged, PALETTE, ["a", "b", "c"])
