@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +78,7 @@ def verify_checkpoint(
 
 
 def _load(folder: Path, plan: Plan, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
-    model_class = getattr(import_module(__package__.rpartition(".")[0]), plan.model_class)
-    model: PreTrainedModel = model_class.from_pretrained(folder, dtype=dtype, keep_ratio=1.0, num_clusters=None)
+    model: PreTrainedModel = plan.model_class.from_pretrained(folder, dtype=dtype, keep_ratio=1.0, num_clusters=None)
     for name, tensor in model.state_dict().items():
         if not torch.equal(tensor, tensors[name].to(tensor.dtype)):
             raise CheckpointError(

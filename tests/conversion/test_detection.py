@@ -11,8 +11,10 @@ import ailurus_hf
 from ailurus_hf import AiluRusConfig, AiluRusForSemanticSegmentation, AiluRusImageProcessor
 from ailurus_hf.cli.app import main
 from ailurus_hf.conversion import CheckpointError, convert_checkpoint
-from ailurus_hf.conversion.detection import Evidence, recognise
-from ailurus_hf.conversion.engine import RECIPES
+from ailurus_hf.conversion.detection import recognise
+from ailurus_hf.conversion.recipe import Evidence
+from ailurus_hf.conversion.recipes import RECIPES
+from ailurus_hf.conversion.recipes.timm_style import BLOCK
 from tests.conversion.segmenter_files import segmenter_variant, write_segmenter
 from tests.conversion.vit_files import HEADS, vit_tensors, write_timm
 from tests.factories import tiny_model
@@ -36,7 +38,7 @@ KNOWN = [
 class TestRecognition:
     @pytest.mark.parametrize(("recipe", "name"), KNOWN)
     def test_goldens(self, recipe: str, name: str) -> None:
-        found, reason = recognise(golden(*name.split("/")))
+        found, _, reason = recognise(golden(*name.split("/")))
         assert found == recipe
         assert reason.startswith("it has ")
 
@@ -68,8 +70,9 @@ class TestRecognition:
             recognise(tmp_path)
 
     def test_names_decide_not_parts_of_names(self) -> None:
-        evidence = Evidence({"my.blocks.0.attn.qkv.weight.old": (1,)})
-        assert not evidence.timm_blocks
+        assert Evidence({"blocks.0.attn.qkv.weight": (1,)}).has(BLOCK)
+        assert not Evidence({"my.blocks.0.attn.qkv.weight": (1,)}).has(BLOCK)
+        assert not Evidence({"blocks.0.attn.qkv.weight.old": (1,)}).has(BLOCK)
 
     def test_conversion_and_command_line(
         self, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

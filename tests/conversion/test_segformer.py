@@ -12,6 +12,7 @@ from transformers import AutoModelForSemanticSegmentation, SegformerConfig, Segf
 from ailurus_hf import AiluRusSegformerForSemanticSegmentation
 from ailurus_hf.conversion import CheckpointError, CheckpointWarning, convert_checkpoint
 from ailurus_hf.conversion.engine import check_rules_used, map_keys
+from ailurus_hf.conversion.recipe import SourceCheckpoint
 from ailurus_hf.conversion.recipes import segformer
 from tests.paths import golden
 
@@ -29,6 +30,10 @@ def native(**settings) -> SegformerForSemanticSegmentation:
             parameter.add_(torch.randn_like(parameter) * 0.1)
         model.decode_head.batch_norm.running_mean.normal_()
     return model
+
+
+def read(folder: Path) -> SourceCheckpoint:
+    return segformer.RECIPE.read(segformer.RECIPE.find(folder))
 
 
 @pytest.fixture
@@ -86,7 +91,7 @@ def test_transformers_checkpoints_under_old_and_new_names(names: str, tmp_path: 
 def test_every_key_once_and_every_rule_at_least_once(native_folder: Path) -> None:
     sources = {"transformers 4": native_folder, **{name: golden(*GOLDENS[name]) for name in GOLDENS}}
     for origin, folder in sources.items():
-        checkpoint = segformer.read_segformer(folder)
+        checkpoint = read(folder)
         mappings = map_keys(segformer.segformer_rules(origin), checkpoint.tensors)
         check_rules_used(segformer.segformer_rules(origin), mappings)
         targets = [target for mapping in mappings for target in mapping.targets]
@@ -110,7 +115,7 @@ def test_settings(native_folder: Path, tmp_path: Path) -> None:
 
 def test_eps_of_each_place() -> None:
     for origin in GOLDENS:
-        config = segformer.plan_segformer(segformer.read_segformer(golden(*GOLDENS[origin]))).config
+        config = segformer.plan_segformer(read(golden(*GOLDENS[origin]))).config
         others = {config.get("patch_norm_eps"), config.get("reduction_norm_eps")}
         assert (config["layer_norm_eps"], others) == (1e-6, {1e-5} if origin == "nvlabs" else {None})
 

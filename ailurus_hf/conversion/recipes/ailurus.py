@@ -1,17 +1,19 @@
 """The recipe for AiluRus checkpoints: the weights stay, settings such as `keep_ratio` are written anew."""
 
-from collections.abc import Callable, Mapping
-from importlib import import_module
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedModel
 
 from ...hub.model_card import TASKS
+from ...modeling import modeling_ailurus
+from ...modeling.configuration_ailurus import AiluRusConfig
 from ...utils.errors import CheckpointError
-from ..reading.sources import find_weights, license_of, locate, read_json, read_tensors, tensors_of
-from ..recipe import Plan, Recipe, SourceCheckpoint
+from ..reading.sources import license_of, read_json, read_tensors, tensors_of
+from ..recipe import Plan, Recipe, Reference, Sign, SourceCheckpoint
 from ..rules import Rename
 
 __all__ = ["RECIPE", "plan_ailurus", "read_ailurus"]
@@ -20,14 +22,13 @@ RULES = (Rename("{name:*}", "{name}"),)
 _NOT_FIELDS = ("architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version")
 
 
-def read_ailurus(source: str | Path) -> SourceCheckpoint:
+def read_ailurus(weights: Path) -> SourceCheckpoint:
     """Read `config.json` and the weights beside it.
 
     Raises:
-        FileNotFoundError: the source, its weights or `config.json` are missing.
+        FileNotFoundError: `config.json` is missing.
         CheckpointError: a file is unreadable or unsafe, or no AiluRus checkpoint.
     """
-    weights = find_weights(locate(source))
     config = weights.parent / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"no config.json beside {weights}: AiluRus checkpoints keep their settings there")
@@ -48,12 +49,13 @@ def plan_ailurus(checkpoint: SourceCheckpoint) -> Plan:
         raise CheckpointError(f"config.json: architectures must name one of {', '.join(TASKS)}, got {names!r}")
     folder = checkpoint.weights_path.parent
     config = _settings(checkpoint)
+    model_class = getattr(modeling_ailurus, names[0])
     return Plan(
         config=config,
         rules=RULES,
         processor=_processor(folder),
-        model_class=names[0],
-        reference=None if names[0] == "AiluRusBackbone" else _dense_forward(config, names[0]),
+        model_class=model_class,
+        reference=None if names[0] == "AiluRusBackbone" else _dense_forward(config, model_class),
         output="last_hidden_state" if names[0] == "AiluRusModel" else "logits",
         pads_images=True,
         license=license_of(folder),
@@ -62,9 +64,8 @@ def plan_ailurus(checkpoint: SourceCheckpoint) -> Plan:
 
 def _settings(checkpoint: SourceCheckpoint) -> dict[str, Any]:
     """All fields of the config, with the defaults of those that the file leaves out."""
-    config_class = import_module("ailurus_hf").AiluRusConfig
     try:
-        config = config_class.from_dict(dict(checkpoint.description))
+        config = AiluRusConfig.from_dict(dict(checkpoint.description))
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise CheckpointError(f"config.json is not valid: {' '.join(str(error).split())}") from error
     written = {name: value for name, value in checkpoint.description.items() if name not in _NOT_FIELDS}
@@ -84,18 +85,15 @@ def _processor(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if not name.endswith("_type") and name != "auto_map"}
 
 
-def _dense_forward(
-    config: Mapping[str, Any], model_class: str
-) -> Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]:
+def _dense_forward(config: Mapping[str, Any], model_class: type[PreTrainedModel]) -> Reference:
     """The model with its own settings, nothing merged: what the new settings must not change."""
 
     def forward(tensors: Mapping[str, torch.Tensor], pixel_values: torch.Tensor) -> torch.Tensor:
-        package = import_module("ailurus_hf")
-        settings = package.AiluRusConfig(**{**config, "keep_ratio": 1.0, "num_clusters": None})
-        model = getattr(package, model_class)(settings).to(pixel_values.dtype).eval()
+        settings = AiluRusConfig(**{**config, "keep_ratio": 1.0, "num_clusters": None})
+        model = model_class(settings).to(pixel_values.dtype).eval()
         model.load_state_dict(dict(tensors))
         output = model(pixel_values)
-        result: torch.Tensor = output.last_hidden_state if model_class == "AiluRusModel" else output.logits
+        result: torch.Tensor = output.logits if "logits" in output else output.last_hidden_state
         return result
 
     return forward
@@ -105,6 +103,7 @@ RECIPE = Recipe(
     title="an AiluRus checkpoint",
     url="",
     citation="",
+    signs=(Sign("config.json with model_type 'ailurus'", lambda e: e.model_type == "ailurus"),),
     read=read_ailurus,
     plan=plan_ailurus,
 )
