@@ -156,6 +156,7 @@ def check_rules_used(rules: Sequence[Rule], mappings: Sequence[KeyMapping]) -> N
     Raises:
         CheckpointError: a rule found nothing, so the source is not of the kind that the recipe describes.
     """
+    # equal rules count as one: frozen data has no identity
     used = {mapping.rule for mapping in mappings}
     idle = [rule.pattern for rule in rules if rule not in used and not rule.optional]
     if idle:
@@ -177,7 +178,7 @@ def _convert_tensors(
     check_rules_used(plan.rules, mappings)
     wanted = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
     floats = [tensor.dtype for name, tensor in tensors.items() if wanted[name].is_floating_point]
-    dtype = dtype or reduce(torch.promote_types, floats)
+    dtype = dtype or reduce(torch.promote_types, floats)  # of mixed dtypes the one that loses nothing
     skeleton.to(dtype)
     # Counters, as BatchNorm has them, stay whole numbers; safetensors refuses tensors that share memory, as the parts
     # of a split one do.
@@ -249,7 +250,7 @@ def _build_skeleton(plan: Plan, settings: Mapping[str, Any]) -> PreTrainedModel:
             close = difflib.get_close_matches(name, known, n=1)
             raise TypeError(f"unknown setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
     merged = {**plan.config, **_label_settings(plan, settings)}
-    if "cluster_layer" not in merged:
+    if "cluster_layer" not in merged:  # the config's own default may be deeper than a toy model
         depth = merged["num_hidden_layers"] - merged.get("tail_layers", 0)
         merged["cluster_layer"] = max(0, min(2, depth - 1))
     try:
@@ -283,6 +284,7 @@ def _label_settings(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
 def _save(
     folder: Path, skeleton: PreTrainedModel, tensors: Mapping[str, torch.Tensor], plan: Plan, max_shard_size: str | int
 ) -> None:
+    # under the very names of `state_dict`: by default transformers turns names back into an older format it knows of
     skeleton.save_pretrained(
         folder, state_dict=dict(tensors), max_shard_size=max_shard_size, save_original_format=False
     )
@@ -355,6 +357,7 @@ def _check_shard_size(size: str | int) -> None:
 
 def _check_output(output: str | Path, source: str | Path, overwrite: bool) -> None:
     """Check the output before the long work starts."""
+    # --overwrite removes the folder, and the source with it
     target = check_output_directory(output, overwrite, marker="config.json")
     if target in (path := Path(source).resolve(), *path.parents):
         raise ValueError(f"output must not be the source or a folder around it, got {output}")

@@ -108,7 +108,7 @@ class Plan:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A source format.
 
@@ -124,8 +124,8 @@ class Recipe:
     """
 
     title: str
-    url: str
-    citation: str
+    url: str = ""
+    citation: str = ""
     signs: tuple[Sign, ...]
     read: Callable[[Path], SourceCheckpoint]
     plan: Callable[[SourceCheckpoint], Plan]

@@ -35,7 +35,7 @@ PARAM = "{param:weight|bias}"
 BATCH_NORM = "{param:weight|bias|running_mean|running_var|num_batches_tracked}"
 
 _PLACEHOLDER = re.compile(r"\{(?P<name>[a-z_]+)(?::(?P<choices>[^{}]+))?\}")
-_INTEGER = "0|[1-9][0-9]*"
+_INTEGER = "0|[1-9][0-9]*"  # as programs write it: "01" would be a second name for layer 1
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ def source_of(rule: Rule, target_key: str) -> str | None:
     Used to tell the user which key of *their* file is missing. A rule whose target forgets a placeholder cannot be read
     backwards and answers `None` too.
     """
+    # The target becomes a pattern, with the choices that its placeholders had in the source's.
     choices = dict(_placeholders(rule.pattern))
     for target in rule.targets:
         if {name for name, _ in _placeholders(target)} != set(choices):

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 _COUNTER = ".num_batches_tracked"
-_MAX_YAML_BYTES = 1_000_000
+_MAX_YAML_BYTES = 1_000_000  # the parser is slow and recursive; a settings file has some kilobytes
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 

@@ -41,10 +41,10 @@ def parse_config(text: str, name: str) -> dict[str, Any]:
             continue
         for target in statement.targets:
             if isinstance(target, ast.Name):
-                values.pop(target.id, None)
+                values.pop(target.id, None)  # a name assigned anew and unreadably must not keep its old value
                 try:
                     values[target.id] = _value(statement.value, values)
-                except (_NotLiteral, TypeError, RecursionError):
+                except (_NotLiteral, TypeError, RecursionError):  # TypeError: a list as a key, minus of a text
                     continue
     return values
 

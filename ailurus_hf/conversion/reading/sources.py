@@ -67,6 +67,7 @@ def _locate(source: str | Path, hub: bool) -> Path:
     if not hub or not _HUB_NAME.fullmatch(str(source)):
         raise FileNotFoundError(f"{source} does not exist" + ("; a name on the Hub is owner/name" if hub else ""))
     try:
+        # two steps, since a repository with both formats would otherwise be downloaded twice over
         folder = Path(snapshot_download(str(source), allow_patterns=[*_SETTINGS, "model*.safetensors"]))
         if not list(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(str(source), allow_patterns=[*_SETTINGS, "pytorch_model*.bin"]))
@@ -88,6 +89,7 @@ def weight_files(path: Path) -> tuple[Path, ...]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} must list the shards in 'weight_map'")
+    # an index is a stranger's text too: it must not make us read files elsewhere, nor follow it to another index
     names = sorted({str(name) for name in weight_map.values()})
     if any(Path(name).name != name or Path(name).suffix == ".json" for name in names):
         raise CheckpointError(f"{path} is refused: its shards must be files of the same folder, got {names[0]!r}")

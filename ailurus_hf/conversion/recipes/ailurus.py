@@ -68,6 +68,7 @@ def _settings(checkpoint: SourceCheckpoint) -> dict[str, Any]:
         config = AiluRusConfig.from_dict(dict(checkpoint.description))
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise CheckpointError(f"config.json is not valid: {' '.join(str(error).split())}") from error
+    # config.json may leave out defaults; those named below are read before a config is made of the rest
     written = {name: value for name, value in checkpoint.description.items() if name not in _NOT_FIELDS}
     return {
         **written,
@@ -91,7 +92,7 @@ def _dense_forward(config: Mapping[str, Any], model_class: type[PreTrainedModel]
     def forward(tensors: Mapping[str, torch.Tensor], pixel_values: torch.Tensor) -> torch.Tensor:
         settings = AiluRusConfig(**{**config, "keep_ratio": 1.0, "num_clusters": None})
         model = model_class(settings).to(pixel_values.dtype).eval()
-        model.load_state_dict(dict(tensors))
+        model.load_state_dict(dict(tensors))  # strict: the file must be whole
         output = model(pixel_values)
         result: torch.Tensor = output.logits if "logits" in output else output.last_hidden_state
         return result
@@ -101,8 +102,6 @@ def _dense_forward(config: Mapping[str, Any], model_class: type[PreTrainedModel]
 
 RECIPE = Recipe(
     title="an AiluRus checkpoint",
-    url="",
-    citation="",
     signs=(Sign("config.json with model_type 'ailurus'", lambda e: e.model_type == "ailurus"),),
     read=read_ailurus,
     plan=plan_ailurus,

@@ -16,16 +16,7 @@ from ..reading.sources import find_weights
 from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
 from ..references.vit import ViTForward
 from ..rules import Drop, Rule
-from .timm_style import (
-    BARE,
-    BLOCK,
-    IMAGENET,
-    TimmParts,
-    encoder_rules,
-    encoder_settings,
-    position_settings,
-    read_bare,
-)
+from .timm_style import BARE, BLOCK, IMAGENET, TimmParts, encoder_rules, encoder_settings, position_settings, read_bare
 
 __all__ = ["RECIPE", "dino_rules", "plan_dino"]
 

@@ -36,6 +36,7 @@ HEADS = {
     "SETRUPHead": "progressive_upsampling",
 }
 INTERPOLATIONS = ("bicubic", "bilinear")
+# arguments of the constructor that change what is computed, with the value that can be ported
 BACKBONE_FLAGS = {
     "with_cls_token": True,
     "patch_norm": False,
@@ -44,6 +45,7 @@ BACKBONE_FLAGS = {
     "out_origin": False,
     "output_cls_token": False,
 }
+# defaults of mmsegmentation's constructors, which configs leave out
 SETR_NORM = {"type": "LN", "eps": 1e-6}
 RELU = {"type": "ReLU"}
 DEFAULT_EPS = 1e-5  # of `dict(type="LN")`, and of BatchNorm

@@ -15,6 +15,7 @@ stored with the weights (which are parsed, never run), else it is that of all pu
 """
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,7 @@ CITATION = """@inproceedings{xie2021segformer,
   year={2021}
 }"""
 STAGES = range(4)
-PUBLISHED_HEADS = (1, 2, 5, 8)
+PUBLISHED_HEADS = (1, 2, 5, 8)  # of MiT-B0 to B5
 # A tensor name that only checkpoints of this origin have.
 ORIGINS = {
     "transformers": "segformer.stages.0.patch_embeddings.proj.weight",
@@ -216,10 +217,12 @@ def plan_segformer(checkpoint: SourceCheckpoint) -> Plan:
             f"{', '.join(ORIGINS.values())}"
         )
     rules = segformer_rules(origin)
+    # the table turns every origin's names into ours, so that sizes are read in one way
     config = _sizes(rules, checkpoint)
     heads, notes = _heads(checkpoint)
     config |= {"num_attention_heads": heads, **EPS[origin], "decoder_type": "conv" if origin == "mmseg" else "linear"}
     config |= label_names(_stored_names(checkpoint.description, config["num_labels"]), config["num_labels"])
+    # counted in each stage, so the shallowest decides
     tail = checkpoint.overrides.get("tail_layers", 0)
     config["cluster_layer"] = max(0, min(2, min(config["depths"]) - 1 - tail))
     return Plan(
@@ -269,6 +272,7 @@ def _sizes(rules: tuple[Rule, ...], checkpoint: SourceCheckpoint) -> dict[str, A
     reductions = [f"{stage(i)}blocks.0.attention.sequence_reduction.sequence_reduction.weight" for i in STAGES]
     depths = []
     for index in STAGES:
+        # not the largest number found: a name may claim block 10**12, and the check against the model finds gaps
         depth = 0
         while f"{stage(index)}blocks.{depth}.layernorm_before.weight" in shapes:
             depth += 1
@@ -340,15 +344,13 @@ def _processor(description: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _has(key: str, evidence: Evidence) -> bool:
-    return key in evidence.tensors
-
-
 RECIPE = Recipe(
     title="SegFormer",
     url="https://github.com/NVlabs/SegFormer",
     citation=CITATION,
-    signs=tuple(Sign(f"a tensor named {key}", partial(_has, key)) for key in ORIGINS.values()),
+    signs=tuple(
+        Sign(f"a tensor named {key}", partial(Evidence.has, pattern=re.escape(key) + "$")) for key in ORIGINS.values()
+    ),
     read=read_segformer,
     plan=plan_segformer,
 )

@@ -150,6 +150,7 @@ def _processor(pretrained: Mapping[str, Any], classify: bool) -> dict[str, Any]:
     }
     size = pretrained.get("input_size")
     if classify and isinstance(size, list) and len(size) == 3:
+        # timm resizes to input / crop_pct, so that the crop cuts out that share
         shortest = math.floor(min(size[1:]) / float(pretrained.get("crop_pct") or 0.875))
         processor |= {
             "do_resize": True,

@@ -237,7 +237,7 @@ def count_blocks(tensors: Mapping[str, Any], block: str) -> int:
     found = {int(values["layer"]) for key in tensors if (values := match(rule, key)) is not None}
     if not found:
         raise CheckpointError(f"the checkpoint holds no blocks named {block}")
-    missing = sorted(set(range(min(max(found) + 1, 10_000))) - found)
+    missing = sorted(set(range(min(max(found) + 1, 10_000))) - found)  # a name may claim block 10**12
     if missing:
         raise CheckpointError(f"missing in the checkpoint: all of {block.replace('{layer}', str(missing[0]))}")
     return len(found)
@@ -264,6 +264,7 @@ def rows_of(checkpoint: SourceCheckpoint, name: str) -> int | None:
 
 
 def _mlp_settings(checkpoint: SourceCheckpoint, parts: TimmParts) -> dict[str, Any]:
+    # all blocks have the same sizes, or the check against the model names the one that has not
     first = parts.block.format(chunk=0, layer=0)
     if parts.block_has("mlp.w12.weight"):
         rows = _tensor(checkpoint, f"{first}.mlp.w12.weight", ndim=2).shape[0]

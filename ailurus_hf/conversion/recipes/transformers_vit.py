@@ -196,6 +196,7 @@ def plan_transformers(checkpoint: SourceCheckpoint) -> Plan:
     config = _settings(native, family) | _label_settings(checkpoint, native, family, classifier)
     keys = frozenset(checkpoint.tensors)
     prefix = f"{family.prefix}." if any(key.startswith(f"{family.prefix}.") for key in keys) else ""
+    # only names tell: the version in config.json is that of whoever saved it last, and 5 can write both
     version = 4 if any(".attention.attention." in key for key in keys) else 5
     target = "" if classifier is None else "ailurus."
     rules = transformers_rules(
@@ -279,6 +280,7 @@ def _intermediate_size(native: PreTrainedConfig, family: Family, gated: bool) ->
     if not family.dinov2_names:
         return int(native.intermediate_size)
     hidden = int(native.hidden_size * native.mlp_ratio)
+    # SwiGLU has three matrices for two: two thirds of the width, rounded up to a multiple of 8, as in DINOv2
     return (int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden
 
 
@@ -303,7 +305,7 @@ def _native_forward(native: PreTrainedConfig, family: Family, classifier: str | 
     name = family.base if classifier is None else family.classifiers[classifier]
     config = deepcopy(native)
     if hasattr(config, "mask_ratio"):
-        config.mask_ratio = 0.0
+        config.mask_ratio = 0.0  # else three quarters of the patches are left out, at random
 
     def forward(tensors: Mapping[str, torch.Tensor], pixel_values: torch.Tensor) -> torch.Tensor:
         model = getattr(transformers, name).from_pretrained(
@@ -326,7 +328,6 @@ def _native_forward(native: PreTrainedConfig, family: Family, classifier: str | 
 RECIPE = Recipe(
     title="transformers",
     url="https://github.com/huggingface/transformers",
-    citation="",
     signs=(Sign("config.json with a model_type of a plain ViT", lambda e: e.model_type in FAMILIES),),
     read=read_transformers,
     plan=plan_transformers,
