@@ -21,6 +21,7 @@ from ...utils.errors import CheckpointError
 
 __all__ = [
     "Refusal",
+    "check_size",
     "file_sha256",
     "read_safetensors",
     "read_torch_file",
@@ -31,6 +32,7 @@ __all__ = [
 
 _COUNTER = ".num_batches_tracked"
 _MAX_YAML_BYTES = 1_000_000  # the parser is slow and recursive; a settings file has some kilobytes
+_MAX_VALUES = 100_000
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
@@ -116,9 +118,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a readable YAML file: {_first_line(error)}") from error
+    check_size(settings, path)
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path} must hold a YAML mapping of settings, got {type(settings).__name__}")
     return settings
+
+
+def check_size(settings: Any, source: object) -> None:
+    """Refuse settings that refer to themselves, or so often to each other that even an error could not print them.
+
+    Raises:
+        CheckpointError: there are more than 100,000 values, each counted as often as it is referred to.
+    """
+    waiting, count = [settings], 0
+    while waiting:
+        value = waiting.pop()
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        count += 1
+        if count > _MAX_VALUES:
+            raise CheckpointError(f"{source} is refused: it holds more than {_MAX_VALUES} values, so no settings")
 
 
 def _first_line(error: Exception) -> str:
