@@ -1,8 +1,10 @@
 """`auto`: what a source is recognised by; and the recipe that rewrites an AiluRus checkpoint's settings."""
 
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from transformers import ViTConfig, ViTModel
 import ailurus_hf
 from ailurus_hf import AiluRusConfig, AiluRusForSemanticSegmentation, AiluRusImageProcessor
 from ailurus_hf.cli.app import main
+from ailurus_hf.cli.convert import convert
 from ailurus_hf.conversion import CheckpointError, convert_checkpoint
 from ailurus_hf.conversion.detection import recognise
 from ailurus_hf.conversion.recipe import Evidence
@@ -22,7 +25,7 @@ from tests.conversion.segformer_files import ORIGINS, write_segformer
 from tests.conversion.segmenter_files import segmenter_variant, write_segmenter
 from tests.conversion.vit_files import HEADS, vit_tensors, write_timm
 from tests.factories import tiny_model
-from tests.paths import golden
+from tests.paths import ROOT, golden
 
 
 def write_source(folder: Path, format: str) -> Path:
@@ -146,6 +149,16 @@ class TestRecognition:
         (line,) = capfd.readouterr().err.splitlines()
         assert "x.pth is ambiguous" in line
         assert not (tmp_path / "other").exists()
+
+
+def test_help_and_documents_name_every_recipe() -> None:
+    names = {*RECIPES, "auto"}
+    argument = get_type_hints(convert, include_extras=True)["name"].__metadata__[0]
+    assert set(re.findall(r"[a-z0-9]+", argument.help.removeprefix("Source: "))) - {"or"} == names
+    parameters = (convert_checkpoint.__doc__ or "").split("source: the checkpoint")[0]
+    assert set(re.findall(r'"(\w+)"', parameters)) == names
+    cells = re.findall(r"^\| (.*?) \|", (ROOT / "docs" / "convert.md").read_text(), re.MULTILINE)
+    assert {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} == names
 
 
 class TestSet:
