@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..utils.errors import CheckpointWarning
+
 if TYPE_CHECKING:
     from ..conversion import ConversionReport
 
@@ -82,7 +84,7 @@ def convert(
     settings = {"keep_ratio": keep_ratio, "cluster_layer": cluster_layer, **_read_labels(labels)}
     settings |= _parse_assignments(assignments or [])
     with _spinner(f"converting {source}") as progress:
-        from ..conversion import CheckpointWarning, convert_checkpoint
+        from ..conversion import convert_checkpoint
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CheckpointWarning)  # they are in the report

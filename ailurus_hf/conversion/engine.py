@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -20,32 +19,21 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from ..hub.model_card import CardSource, build_model_card
-from ..utils.errors import CheckpointError, CheckpointWarning, OtherRecipeError
+from ..modeling.image_processing_ailurus import AiluRusImageProcessor
+from ..utils.errors import CheckpointError, CheckpointWarning
 from ..utils.files import atomic_directory, check_output_directory
 from ..utils.logging import quiet_transformers
-from .detection import recognise
+from .detection import choose_recipe
 from .reading.files import file_sha256
 from .reading.sources import weight_files
 from .recipe import Plan, Recipe, SourceCheckpoint
+from .recipes import RECIPES
 from .report import ConversionReport, KeyRow
 from .rules import Drop, Flatten, Rename, Rule, SplitRows, Transpose, fill, match, source_of
 from .verification import float_dtype, verify_checkpoint
 
 __all__ = ["KeyMapping", "check_rules_used", "convert_checkpoint", "map_keys"]
 
-RECIPES = {  # name -> module of this folder with its RECIPE
-    "segmenter": "segmenter",
-    "segformer": "segformer",
-    "transformers": "transformers_vit",
-    "timm": "timm",
-    "dino": "dino",
-    "dinov2": "dinov2",
-    "mae": "mae",
-    "mmseg": "mmseg",
-    "ailurus": "ailurus",
-}
-AUTO = "auto"
-SEVERAL_FAMILIES = ("transformers", "mmseg")  # projects of whose families some have a recipe of their own
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
 _SHOWN = 4  # keys named in an error before "and N more"
@@ -105,44 +93,30 @@ def convert_checkpoint(
         ValueError, TypeError: about an argument.
     """
     tell = progress or (lambda text: None)
-    if recipe != AUTO:
-        _find_recipe(recipe)
     target_dtype = _parse_dtype(dtype)
     _check_shard_size(max_shard_size)
     _check_output(output, source, overwrite)
-    recognised = None
-    if recipe == AUTO:
-        tell(f"recognising {source}")
-        recipe, recognised = recognise(source)
-    chosen = _find_recipe(recipe)
-
     tell(f"reading {source}")
-    try:
-        checkpoint = chosen.read(source)
-    except OtherRecipeError as error:
-        if recipe not in SEVERAL_FAMILIES:
-            raise
-        recipe, chosen = error.recipe, _find_recipe(error.recipe)
-        checkpoint = chosen.read(source)
-    checkpoint = replace(checkpoint, overrides=settings)
+    recipe, weights, recognised = choose_recipe(recipe, source)
+    chosen = RECIPES[recipe]
+    checkpoint = replace(chosen.read(weights), overrides=settings)
     plan = chosen.plan(checkpoint)
     tell(f"mapping {len(checkpoint.tensors)} tensors")
     skeleton = _build_skeleton(plan, settings)
     mappings = map_keys(plan.rules, checkpoint.tensors)
     tensors = _convert_tensors(plan, checkpoint, mappings, skeleton, target_dtype)
     not_finite = _not_finite(mappings, tensors)
-    report = _report(recipe, checkpoint, Path(output), mappings, tensors, (*plan.notes, *_finite_note(not_finite)))
-    report = replace(report, model_class=plan.model_class, recognised=recognised)
+    report = _report(recipe, plan, checkpoint, mappings, tensors, _finite_note(not_finite))
+    report = replace(report, output=Path(output), recognised=recognised)
     if not dry_run:
         with atomic_directory(output, overwrite, marker="config.json") as folder, quiet_transformers():
             tell(f"writing {output}")
             _save(folder, skeleton, tensors, plan, max_shard_size)
             _card(chosen, report, skeleton, license or plan.license or "unknown").save(folder / "README.md")
-            verification = None
             if verify and not not_finite:
                 tell("verifying: loading the result and comparing its output with the source's")
-                verification = verify_checkpoint(folder, plan, checkpoint, tensors)
-        report = replace(report, written=True, verification=verification)
+                report = replace(report, verification=verify_checkpoint(folder, plan, checkpoint, tensors))
+        report = replace(report, written=True)
     for note in report.warnings:
         warn(note, CheckpointWarning, stacklevel=2)
     return report
@@ -182,6 +156,7 @@ def check_rules_used(rules: Sequence[Rule], mappings: Sequence[KeyMapping]) -> N
     Raises:
         CheckpointError: a rule found nothing, so the source is not of the kind that the recipe describes.
     """
+    # equal rules count as one: frozen data has no identity
     used = {mapping.rule for mapping in mappings}
     idle = [rule.pattern for rule in rules if rule not in used and not rule.optional]
     if idle:
@@ -203,7 +178,7 @@ def _convert_tensors(
     check_rules_used(plan.rules, mappings)
     wanted = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
     floats = [tensor.dtype for name, tensor in tensors.items() if wanted[name].is_floating_point]
-    dtype = dtype or reduce(torch.promote_types, floats)
+    dtype = dtype or reduce(torch.promote_types, floats)  # of mixed dtypes the one that loses nothing
     skeleton.to(dtype)
     # Counters, as BatchNorm has them, stay whole numbers; safetensors refuses tensors that share memory, as the parts
     # of a split one do.
@@ -268,16 +243,14 @@ def _source_name(target: str, rules: Sequence[Rule]) -> str:
 
 def _build_skeleton(plan: Plan, settings: Mapping[str, Any]) -> PreTrainedModel:
     """The model of the plan's settings and the user's, without memory for its weights."""
-    package = import_module(__package__.rpartition(".")[0])
-    model_class = getattr(package, plan.model_class)
-    config_class = model_class.config_class
+    config_class = plan.model_class.config_class
     known = {field.name for field in fields(config_class)} | {"id2label", "label2id", "num_labels"}
     for name in settings:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             raise TypeError(f"unknown setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
     merged = {**plan.config, **_label_settings(plan, settings)}
-    if "cluster_layer" not in merged:
+    if "cluster_layer" not in merged:  # the config's own default may be deeper than a toy model
         depth = merged["num_hidden_layers"] - merged.get("tail_layers", 0)
         merged["cluster_layer"] = max(0, min(2, depth - 1))
     try:
@@ -285,7 +258,7 @@ def _build_skeleton(plan: Plan, settings: Mapping[str, Any]) -> PreTrainedModel:
     except StrictDataclassError as error:  # not a ValueError, and its text has several lines
         raise ValueError(" ".join(str(error).split())) from error
     with torch.device("meta"):
-        return model_class(config)
+        return plan.model_class(config)
 
 
 def _label_settings(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -311,11 +284,11 @@ def _label_settings(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
 def _save(
     folder: Path, skeleton: PreTrainedModel, tensors: Mapping[str, torch.Tensor], plan: Plan, max_shard_size: str | int
 ) -> None:
-    package = import_module(__package__.rpartition(".")[0])
+    # under the very names of `state_dict`: by default transformers turns names back into an older format it knows of
     skeleton.save_pretrained(
         folder, state_dict=dict(tensors), max_shard_size=max_shard_size, save_original_format=False
     )
-    package.AiluRusImageProcessor(**plan.processor).save_pretrained(folder)
+    AiluRusImageProcessor(**plan.processor).save_pretrained(folder)
 
 
 def _card(recipe: Recipe, report: ConversionReport, skeleton: PreTrainedModel, license: str) -> ModelCard:
@@ -327,28 +300,29 @@ def _card(recipe: Recipe, report: ConversionReport, skeleton: PreTrainedModel, l
 
 def _report(
     recipe: str,
+    plan: Plan,
     checkpoint: SourceCheckpoint,
-    output: Path,
     mappings: Sequence[KeyMapping],
     tensors: Mapping[str, torch.Tensor],
-    notes: tuple[str, ...],
+    notes: Sequence[str],
 ) -> ConversionReport:
     return ConversionReport(
         recipe=recipe,
         source=checkpoint.weights_path,
         sha256=file_sha256(*weight_files(checkpoint.weights_path)),
-        output=output,
+        output=Path(),
         written=False,
         dtype=str(float_dtype(tensors)).removeprefix("torch."),
         num_tensors=len(tensors),
         num_parameters=sum(tensor.numel() for tensor in tensors.values()),
         dropped={mapping.source: mapping.rule.reason for mapping in mappings if isinstance(mapping.rule, Drop)},
-        warnings=notes,
+        warnings=(*plan.notes, *notes),
         key_table=tuple(
             KeyRow(m.source, tuple(checkpoint.tensors[m.source].shape), type(m.rule).__name__, m.targets)
             for m in mappings
         ),
         verification=None,
+        model_class=plan.model_class.__name__,
     )
 
 
@@ -364,13 +338,6 @@ def _finite_note(not_finite: Sequence[str]) -> list[str]:
         f"NaN or infinite weights in {_some(not_finite)}: the model's output will not be usable, "
         "and the result cannot be verified"
     ]
-
-
-def _find_recipe(name: str) -> Recipe:
-    if name not in RECIPES:
-        raise ValueError(f"recipe must be one of {', '.join(map(repr, [*RECIPES, AUTO]))}, got {name!r}")
-    recipe: Recipe = import_module(f".recipes.{RECIPES[name]}", __package__).RECIPE
-    return recipe
 
 
 def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -390,6 +357,7 @@ def _check_shard_size(size: str | int) -> None:
 
 def _check_output(output: str | Path, source: str | Path, overwrite: bool) -> None:
     """Check the output before the long work starts."""
+    # --overwrite removes the folder, and the source with it
     target = check_output_directory(output, overwrite, marker="config.json")
     if target in (path := Path(source).resolve(), *path.parents):
         raise ValueError(f"output must not be the source or a folder around it, got {output}")

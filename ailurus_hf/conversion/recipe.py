@@ -1,18 +1,61 @@
-"""What a recipe is: how to read a source, and a plan (settings, rules, preprocessing) made from what was read."""
+"""What a recipe is: signs by which a source is recognised, a reader, and a plan made from what was read."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from ..modeling.modeling_ailurus import AiluRusForSemanticSegmentation
+from .reading.sources import find_weights
 from .rules import Rule
 
-__all__ = ["Plan", "Recipe", "Reference", "SourceCheckpoint"]
+__all__ = ["Evidence", "Plan", "Recipe", "Reference", "Sign", "SourceCheckpoint"]
 
 # (source tensors by name, pixel_values (batch_size, num_channels, height, width)) -> the output `Plan.output`
 Reference = Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a source shows of itself.
+
+    Args:
+        tensors: shapes of its tensors by name, a `module.` prefix removed.
+        container: keys of the file's outer dictionary, where the tensors are inside one of its entries.
+        config: the `config.json` beside the weights, or nothing.
+    """
+
+    tensors: Mapping[str, tuple[int, ...]]
+    container: tuple[str, ...] = ()
+    config: Mapping[str, Any] | None = None
+
+    def has(self, pattern: str) -> bool:
+        """Whether a tensor's name begins with this regular expression."""
+        return any(re.match(pattern, name) for name in self.tensors)
+
+    @property
+    def model_type(self) -> str:
+        """The `model_type` of its config, as text."""
+        return str((self.config or {}).get("model_type"))
+
+
+@dataclass(frozen=True)
+class Sign:
+    """One thing by which a format is recognised.
+
+    Args:
+        looks_for: what it is, for messages.
+        found: whether a source has it.
+        certain: whether no other format has it; signs that several formats share make the source ambiguous.
+    """
+
+    looks_for: str
+    found: Callable[[Evidence], bool]
+    certain: bool = True
 
 
 @dataclass(frozen=True)
@@ -37,10 +80,10 @@ class Plan:
     """How one source becomes one AiluRus checkpoint.
 
     Args:
-        config: fields of `AiluRusConfig`.
+        config: fields of the model's config.
         rules: what happens to each tensor.
         processor: arguments of `AiluRusImageProcessor`.
-        model_class: public name of the model class.
+        model_class: class of the result, whose config class takes `config`.
         reference: the source's own forward, for verification; `None` when there is none.
         output: the model's output that the reference computes, such as "logits" or "last_hidden_state".
         recorded: names of outputs recorded in a `golden.safetensors` -> the model's output they are.
@@ -54,7 +97,7 @@ class Plan:
     config: Mapping[str, Any]
     rules: tuple[Rule, ...]
     processor: Mapping[str, Any]
-    model_class: str = "AiluRusForSemanticSegmentation"
+    model_class: type[PreTrainedModel] = AiluRusForSemanticSegmentation
     reference: Reference | None = None
     output: str = "logits"
     recorded: Mapping[str, str] = field(default_factory=lambda: {"logits": "logits"})
@@ -65,7 +108,7 @@ class Plan:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A source format.
 
@@ -73,12 +116,18 @@ class Recipe:
         title: what the source is called, for messages and the model card.
         url: where its code lives.
         citation: BibTeX of its paper.
-        read: reads a file, a folder or (where that makes sense) a name on the Hub, safely.
+        signs: what it is recognised by.
+        read: reads the weights found, and the settings in or beside them, safely.
         plan: makes the plan.
+        find: finds the weights: a file, in a folder or (where that makes sense) under a name on the Hub.
+        relatives: recipes for other model families of the same project; a source of theirs is handed to them.
     """
 
     title: str
-    url: str
-    citation: str
-    read: Callable[[str | Path], SourceCheckpoint]
+    url: str = ""
+    citation: str = ""
+    signs: tuple[Sign, ...]
+    read: Callable[[Path], SourceCheckpoint]
     plan: Callable[[SourceCheckpoint], Plan]
+    find: Callable[[str | Path], Path] = find_weights
+    relatives: tuple[str, ...] = ()

@@ -16,15 +16,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-__all__ = ["Drop", "Flatten", "Rename", "Rule", "SplitRows", "Transpose", "fill", "match", "source_of"]
+__all__ = [
+    "BATCH_NORM",
+    "PARAM",
+    "Drop",
+    "Flatten",
+    "Rename",
+    "Rule",
+    "SplitRows",
+    "Transpose",
+    "fill",
+    "match",
+    "source_of",
+]
+
+# placeholders for the tensors of a layer, and of a batch norm
+PARAM = "{param:weight|bias}"
+BATCH_NORM = "{param:weight|bias|running_mean|running_var|num_batches_tracked}"
 
 _PLACEHOLDER = re.compile(r"\{(?P<name>[a-z_]+)(?::(?P<choices>[^{}]+))?\}")
-_INTEGER = "0|[1-9][0-9]*"
+_INTEGER = "0|[1-9][0-9]*"  # as programs write it: "01" would be a second name for layer 1
 
 
 @dataclass(frozen=True)
-class Rename:
-    """The tensor keeps its values and takes the name `target`."""
+class _ToOne:
+    """A rule whose tensor becomes one tensor, named `target`."""
 
     pattern: str
     target: str
@@ -33,6 +49,18 @@ class Rename:
     @property
     def targets(self) -> tuple[str, ...]:
         return (self.target,)
+
+
+class Rename(_ToOne):
+    """The tensor keeps its values and takes the name `target`."""
+
+
+class Transpose(_ToOne):
+    """A matrix used as `x @ P` becomes the weight of a linear layer, which computes `x @ weight.T`."""
+
+
+class Flatten(_ToOne):
+    """The weight of a 1 x 1 convolution, (rows, columns, 1, 1), becomes that of a linear layer, (rows, columns)."""
 
 
 @dataclass(frozen=True)
@@ -45,32 +73,6 @@ class SplitRows:
     pattern: str
     targets: tuple[str, ...]
     optional: bool = False
-
-
-@dataclass(frozen=True)
-class Transpose:
-    """A matrix used as `x @ P` becomes the weight of a linear layer, which computes `x @ weight.T`."""
-
-    pattern: str
-    target: str
-    optional: bool = False
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return (self.target,)
-
-
-@dataclass(frozen=True)
-class Flatten:
-    """The weight of a 1 x 1 convolution, (rows, columns, 1, 1), becomes that of a linear layer, (rows, columns)."""
-
-    pattern: str
-    target: str
-    optional: bool = False
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return (self.target,)
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ def source_of(rule: Rule, target_key: str) -> str | None:
     Used to tell the user which key of *their* file is missing. A rule whose target forgets a placeholder cannot be read
     backwards and answers `None` too.
     """
+    # The target becomes a pattern, with the choices that its placeholders had in the source's.
     choices = dict(_placeholders(rule.pattern))
     for target in rule.targets:
         if {name for name, _ in _placeholders(target)} != set(choices):

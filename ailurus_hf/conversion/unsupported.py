@@ -3,9 +3,9 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from ..utils.errors import CheckpointError, OtherRecipeError
+from ..utils.errors import CheckpointError
 
-__all__ = ["UNSUPPORTED_KEYS", "UNSUPPORTED_MODEL_TYPES", "refuse_unsupported", "unsupported_family"]
+__all__ = ["OWN_RECIPES", "UNSUPPORTED_KEYS", "UNSUPPORTED_MODEL_TYPES", "refuse_unsupported", "unsupported_family"]
 
 # family -> a pattern found in its tensor names; the first that matches names the family
 UNSUPPORTED_KEYS: Mapping[str, str] = {
@@ -43,10 +43,14 @@ UNSUPPORTED_MODEL_TYPES: Mapping[str, str] = {
     "eomt": "EoMT",
     "convnext": "ConvNeXt",
 }
+# family -> the one recipe that converts it, into another model than the plain ViT
+OWN_RECIPES: Mapping[str, str] = {"SegFormer": "segformer"}
 
 
-def unsupported_family(keys: Iterable[str]) -> str | None:
-    """The family that these tensor names belong to, when it is one that cannot be ported; else `None`."""
+def unsupported_family(keys: Iterable[str] = (), model_type: object = None) -> str | None:
+    """The family that `model_type` or these tensor names tell, when it is no plain ViT; else `None`."""
+    if family := UNSUPPORTED_MODEL_TYPES.get(str(model_type)):
+        return family
     names = "\n".join(keys)
     return next(
         (family for family, pattern in UNSUPPORTED_KEYS.items() if re.search(pattern, names, re.MULTILINE)), None
@@ -57,12 +61,11 @@ def refuse_unsupported(source: object, keys: Iterable[str] = (), model_type: obj
     """Refuse a source of an unsupported family, told from its tensor names or transformers' `model_type`.
 
     Raises:
-        OtherRecipeError: the family has a recipe of its own.
-        CheckpointError: it cannot be converted; names it, and the adapter to use instead.
+        CheckpointError: names the family, and the recipe or the adapter to use instead.
     """
-    family = UNSUPPORTED_MODEL_TYPES.get(str(model_type)) or unsupported_family(keys)
-    if family == "SegFormer":
-        raise OtherRecipeError(f"{source} is a SegFormer model: convert it with the recipe 'segformer'", "segformer")
+    family = unsupported_family(keys, model_type)
+    if family is not None and family in OWN_RECIPES:
+        raise CheckpointError(f"{source} is a {family} model: convert it with the recipe {OWN_RECIPES[family]!r}")
     if family is not None:
         raise CheckpointError(
             f"{source} is a {family} model: only plain ViTs with learned absolute positions are converted; "

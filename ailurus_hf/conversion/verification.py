@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,15 @@ from transformers import PreTrainedModel
 
 from ..utils.errors import CheckpointError
 from .reading.files import read_safetensors
+from .reading.sources import RECORDED
 from .recipe import Plan, SourceCheckpoint
 
 __all__ = ["Verification", "float_dtype", "verify_checkpoint"]
 
+# The same formulas in another order of operations differ in float32's last digits, more where outputs are large. The
+# smallest mistakes that a recipe can make, a wrong epsilon or way of resizing, are far above.
 TOLERANCE = 1e-4
 RELATIVE_TOLERANCE = 1e-5
-RECORDED = "golden.safetensors"
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,13 @@ def verify_checkpoint(
     model = _load(folder, plan, tensors, dtype)
     cases: list[_Case] = []
     if plan.reference is not None:
+        # rounded as the saved weights are, so that only the computation is compared, not the loss of digits
         source = {name: tensor.to(saved_dtype).to(dtype) for name, tensor in checkpoint.tensors.items()}
         cases += [
             _Case("the source's formulas", image, plan.output, plan.reference(source, image))
             for image in _test_images(model, plan, dtype)
         ]
-    if saved_dtype == dtype:
+    if saved_dtype == dtype:  # recorded outputs are those of unrounded weights
         cases += _recorded(checkpoint.weights_path.parent / RECORDED, plan, dtype)
     if not cases:
         return Verification("the tensors meant to be saved", 0.0)
@@ -79,8 +81,7 @@ def verify_checkpoint(
 
 
 def _load(folder: Path, plan: Plan, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
-    model_class = getattr(import_module(__package__.rpartition(".")[0]), plan.model_class)
-    model: PreTrainedModel = model_class.from_pretrained(folder, dtype=dtype, keep_ratio=1.0, num_clusters=None)
+    model: PreTrainedModel = plan.model_class.from_pretrained(folder, dtype=dtype, keep_ratio=1.0, num_clusters=None)
     for name, tensor in model.state_dict().items():
         if not torch.equal(tensor, tensors[name].to(tensor.dtype)):
             raise CheckpointError(
@@ -131,7 +132,7 @@ def _difference(model: PreTrainedModel, case: _Case) -> float:
         )
     difference = float((found - expected).abs().max())
     allowed = TOLERANCE + RELATIVE_TOLERANCE * float(expected.abs().max())
-    if not difference <= allowed:
+    if not difference <= allowed:  # true for NaN too, which no comparison finds
         raise CheckpointError(
             f"verification failed: the {case.output} differ from {against} by {difference:.2g}, "
             f"allowed {allowed:.2g}; nothing was written (--no-verify converts all the same)"

@@ -1,18 +1,10 @@
 """Exceptions that more than one part raises."""
 
-__all__ = ["CheckpointError", "CheckpointWarning", "OtherRecipeError"]
+__all__ = ["CheckpointError", "CheckpointWarning"]
 
 
 class CheckpointError(ValueError):
     """A checkpoint is unreadable, unsafe, or does not fit the model its settings describe."""
-
-
-class OtherRecipeError(CheckpointError):
-    """The source is of a family that another recipe converts, named by `recipe`."""
-
-    def __init__(self, message: str, recipe: str) -> None:
-        super().__init__(message)
-        self.recipe = recipe
 
 
 class CheckpointWarning(UserWarning):

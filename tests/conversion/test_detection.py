@@ -1,28 +1,63 @@
 """`auto`: what a source is recognised by; and the recipe that rewrites an AiluRus checkpoint's settings."""
 
 import json
+import re
+from argparse import Namespace
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import ViTConfig, ViTModel
 
 import ailurus_hf
 from ailurus_hf import AiluRusConfig, AiluRusForSemanticSegmentation, AiluRusImageProcessor
 from ailurus_hf.cli.app import main
+from ailurus_hf.cli.convert import convert
 from ailurus_hf.conversion import CheckpointError, convert_checkpoint
-from ailurus_hf.conversion.detection import Evidence, recognise
-from ailurus_hf.conversion.engine import RECIPES
+from ailurus_hf.conversion.detection import recognise
+from ailurus_hf.conversion.recipe import Evidence
+from ailurus_hf.conversion.recipes import RECIPES
+from ailurus_hf.conversion.recipes.timm_style import BLOCK
+from tests.conversion.mmseg_files import write_mmseg
+from tests.conversion.segformer_files import ORIGINS, write_segformer
 from tests.conversion.segmenter_files import segmenter_variant, write_segmenter
 from tests.conversion.vit_files import HEADS, vit_tensors, write_timm
 from tests.factories import tiny_model, tiny_segformer
-from tests.paths import golden
+from tests.paths import ROOT, golden
 
-KNOWN = [
+
+def write_source(folder: Path, format: str) -> Path:
+    """A tiny source of a format; the file or folder that a user would name."""
+    folder.mkdir()
+    if format == "ailurus":
+        tiny_model(AiluRusForSemanticSegmentation).save_pretrained(folder)
+    elif format == "transformers":
+        ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(folder)
+    elif format == "timm":
+        write_timm(folder, vit_tensors())
+    else:
+        mask = vit_tensors("cls_token mask_token norm qkv_bias ls")
+        teacher = vit_tensors(prefix="module.backbone.") | {"module.head.last_layer.weight_g": torch.ones(2, 1)}
+        decoder = {"decoder_pos_embed": torch.ones(1, 2, 3), "decoder_blocks.0.norm1.bias": torch.ones(3)}
+        content = {
+            "dino": {"student": teacher, "teacher": teacher, "args": Namespace(arch="x")},
+            "dinov2": mask,
+            "dinov2 of training": {"teacher": {f"backbone.{name}": tensor for name, tensor in mask.items()}},
+            "mae": {"model": vit_tensors() | decoder, "args": Namespace(arch="x")},
+            "bare": vit_tensors(),
+            "in an entry": {"model": vit_tensors("cls_token norm qkv_bias head")},
+        }[format]
+        torch.save(content, folder / "x.pth")
+        return folder / "x.pth"
+    return folder
+
+
+KNOWN = ("ailurus", "transformers", "timm", "dino", "dinov2", "dinov2 of training", "mae")
+RECORDED = [
     ("segmenter", "segmenter/linear_vit"),
-    ("segmenter", "segmenter/mask_vit"),
     ("timm", "timm_vit/vit_cls"),
-    ("timm", "timm_vit/vit_cls_dynamic"),
     ("dino", "dino/full_checkpoint"),
     ("dinov2", "dinov2/vit_mlp"),
     ("mae", "mae/pretrain_full/checkpoint-1.pth"),
@@ -34,23 +69,52 @@ KNOWN = [
 
 
 class TestRecognition:
-    @pytest.mark.parametrize(("recipe", "name"), KNOWN)
-    def test_goldens(self, recipe: str, name: str) -> None:
-        found, reason = recognise(golden(*name.split("/")))
-        assert found == recipe
+    @pytest.mark.parametrize("format", KNOWN)
+    def test_each_format(self, format: str, tmp_path: Path) -> None:
+        source = write_source(tmp_path / "source", format)
+        found, weights, reason = recognise(source)
+        assert found == format.split()[0]
+        assert weights.is_file()
         assert reason.startswith("it has ")
 
+    @pytest.mark.parametrize("origin", ORIGINS)
+    def test_segformers(self, origin: str, tmp_path: Path) -> None:
+        write_segformer(tmp_path / "source", origin)
+        for file in tmp_path.glob("source/*.json"):  # names alone are enough
+            file.unlink()
+        assert recognise(tmp_path / "source")[0] == "segformer"
+
+    @pytest.mark.parametrize("kind", ["linear", "mask_transformer"])
+    def test_segmenters(self, kind: str, tmp_path: Path) -> None:
+        assert recognise(write_segmenter(tmp_path / "source", segmenter_variant(kind)))[0] == "segmenter"
+        write_mmseg(tmp_path / "mmseg", kind.split("_")[0])
+        assert recognise(tmp_path / "mmseg")[0] == "mmseg"
+
+    @pytest.mark.parametrize(("recipe", "name"), RECORDED)
+    def test_goldens(self, recipe: str, name: str) -> None:
+        assert recognise(golden(*name.split("/")))[0] == recipe
+
     @pytest.mark.parametrize(
-        ("name", "said"),
+        ("format", "said"),
         [
-            ("dino/backbone", "ambiguous: .*'dino' and 'timm'"),
-            ("mae/finetune_cls", "ambiguous: .*'mae' and 'timm'"),
+            ("bare", "ambiguous: it has tensors named .* without settings, as sources for 'dino' and 'timm' do"),
+            ("in an entry", "ambiguous: it has an entry 'model' .*, as sources for 'mae' and 'timm' do"),
         ],
     )
-    def test_refusals(self, name: str, said: str) -> None:
+    def test_refusals(self, format: str, said: str, tmp_path: Path) -> None:
+        source = write_source(tmp_path / "source", format)
         with pytest.raises(CheckpointError, match=said) as caught:
-            recognise(golden(*name.split("/")))
+            recognise(source)
         assert "\n" not in str(caught.value)
+
+    def test_a_family_that_is_not_ported_is_refused_whatever_else_it_resembles(self, tmp_path: Path) -> None:
+        tensors = vit_tensors() | {"blocks.0.attn.relative_position_bias_table": torch.ones(2)}
+        torch.save({"teacher": tensors | {"head.last_layer.weight_g": torch.ones(2, 1)}}, tmp_path / "x.pth")
+        with pytest.raises(CheckpointError, match="is a BEiT with relative position bias model"):
+            recognise(tmp_path / "x.pth")
+
+    def test_every_recipe_has_a_certain_sign(self) -> None:
+        assert all(any(sign.certain for sign in recipe.signs) for recipe in RECIPES.values())
 
     def test_what_was_looked_for_is_listed(self, tmp_path: Path) -> None:
         torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "x.pth")
@@ -68,8 +132,9 @@ class TestRecognition:
             recognise(tmp_path)
 
     def test_names_decide_not_parts_of_names(self) -> None:
-        evidence = Evidence({"my.blocks.0.attn.qkv.weight.old": (1,)})
-        assert not evidence.timm_blocks
+        assert Evidence({"blocks.0.attn.qkv.weight": (1,)}).has(BLOCK)
+        assert not Evidence({"my.blocks.0.attn.qkv.weight": (1,)}).has(BLOCK)
+        assert not Evidence({"blocks.0.attn.qkv.weight.old": (1,)}).has(BLOCK)
 
     def test_conversion_and_command_line(
         self, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -84,6 +149,16 @@ class TestRecognition:
         (line,) = capfd.readouterr().err.splitlines()
         assert "x.pth is ambiguous" in line
         assert not (tmp_path / "other").exists()
+
+
+def test_help_and_documents_name_every_recipe() -> None:
+    names = {*RECIPES, "auto"}
+    argument = get_type_hints(convert, include_extras=True)["name"].__metadata__[0]
+    assert set(re.findall(r"[a-z0-9]+", argument.help.removeprefix("Source: "))) - {"or"} == names
+    parameters = (convert_checkpoint.__doc__ or "").split("source: the checkpoint")[0]
+    assert set(re.findall(r'"(\w+)"', parameters)) == names
+    cells = re.findall(r"^\| (.*?) \|", (ROOT / "docs" / "convert.md").read_text(), re.MULTILINE)
+    assert {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} == names
 
 
 class TestSet:

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from ailurus_hf.conversion.reading.files import (
     file_sha256,
     read_safetensors,
-    read_torch_file,
     read_yaml,
     state_dict_of,
     strip_common_prefix,
 )
+from ailurus_hf.conversion.reading.sources import read_tensors
 from ailurus_hf.utils.errors import CheckpointError
 
 
@@ -48,27 +48,27 @@ def refused(call: Callable[[], Any]) -> str:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_torch_files_of_both_formats_load(zipped: bool) -> None:
     torch.save({"model": {"a": torch.ones(2)}}, "x.pth", _use_new_zipfile_serialization=zipped)
-    assert torch.equal(read_torch_file(Path("x.pth"))["model"]["a"], torch.ones(2))
+    assert torch.equal(read_tensors(Path("x.pth"))["model"]["a"], torch.ones(2))
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_torch_file_is_refused_by_name(zipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # must not weaken the reader
     torch.save({"model": {"a": torch.ones(2)}, "other": Payload()}, "x.pth", _use_new_zipfile_serialization=zipped)
-    message = refused(lambda: read_torch_file(Path("x.pth")))
+    message = refused(lambda: read_tensors(Path("x.pth")))
     assert "x.pth" in message
     assert "mkdir" in message
 
 
 def test_bare_pickle_is_refused() -> None:
     Path("x.pth").write_bytes(pickle.dumps(Payload()))
-    assert "x.pth is refused" in refused(lambda: read_torch_file(Path("x.pth")))
+    assert "x.pth is refused" in refused(lambda: read_tensors(Path("x.pth")))
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80", b"PK\x03\x04", b"hello", b"\x00" * 1000, bytes(range(256)) * 16])
 def test_files_that_are_no_checkpoint(content: bytes) -> None:
     Path("x.pth").write_bytes(content)
-    assert "x.pth" in refused(lambda: read_torch_file(Path("x.pth")))
+    assert "x.pth" in refused(lambda: read_tensors(Path("x.pth")))
 
 
 def test_every_truncation_is_refused_or_harmless() -> None:
@@ -76,7 +76,7 @@ def test_every_truncation_is_refused_or_harmless() -> None:
     content = Path("x.pth").read_bytes()
     for length in range(0, len(content), 97):
         Path("x.pth").write_bytes(content[:length])
-        assert "x.pth" in refused(lambda: read_torch_file(Path("x.pth")))
+        assert "x.pth" in refused(lambda: read_tensors(Path("x.pth")))
 
 
 def test_safetensors_load_and_never_fall_back_to_pickle(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,7 @@ class TestLogits:
     def test_the_reference_is_the_original(self, name: str) -> None:
         folder = golden(*name.split("/"))
         expected = load_file(folder / "golden.safetensors")
-        checkpoint = segmenter.read_segmenter(folder)
+        checkpoint = segmenter.read_segmenter(segmenter.RECIPE.find(folder))
         reference = segmenter.plan_segmenter(checkpoint).reference
         assert reference is not None
         logits = reference(checkpoint.tensors, expected["pixel_values"])

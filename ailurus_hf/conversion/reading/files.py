@@ -8,6 +8,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from safetensors.torch import load_file
 from ...utils.errors import CheckpointError
 
 __all__ = [
-    "explain_load_failure",
+    "Refusal",
+    "check_size",
     "file_sha256",
     "read_safetensors",
     "read_torch_file",
@@ -29,7 +31,8 @@ __all__ = [
 ]
 
 _COUNTER = ".num_batches_tracked"
-_MAX_YAML_BYTES = 1_000_000
+_MAX_YAML_BYTES = 1_000_000  # the parser is slow and recursive; a settings file has some kilobytes
+_MAX_VALUES = 100_000
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
@@ -46,11 +49,21 @@ def _construct_tuple(loader: yaml.SafeLoader, node: yaml.Node) -> tuple[Any, ...
 _PlainLoader.add_constructor("tag:yaml.org,2002:python/tuple", _construct_tuple)
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """torch's safe loader found a sound file, but not only tensors and plain containers in it."""
+
+    reason: str
+
+
 def read_torch_file(path: Path) -> Any:
-    """Read a `torch.save` file (zip or the old format) on the CPU; only tensors and plain containers are let through.
+    """Read a `torch.save` file (zip or the old format) on the CPU, or say why torch's safe loader refuses it.
+
+    Returns:
+        The file's content, tensors and plain containers; or a `Refusal`.
 
     Raises:
-        CheckpointError: the file is empty, damaged, no PyTorch checkpoint, or unpickling it would need code.
+        CheckpointError: the file is empty or damaged.
     """
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty")
@@ -59,21 +72,19 @@ def read_torch_file(path: Path) -> Any:
             warnings.simplefilter("ignore")  # remarks about old pickle protocols, useless to whoever converts
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged archives raise whatever their bytes happen to spell
-        raise CheckpointError(explain_load_failure(path, error)) from error
-
-
-def explain_load_failure(path: Path, error: Exception) -> str:
-    needed = _GLOBAL.search(str(error))
-    if needed is not None:
-        return (
-            f"{path} is refused: unpickling it would need {needed[1]!r}, which may run code; "
-            "only tensors and plain containers are read (torch.load(weights_only=True))"
-        )
-    if "weights only" in str(error).lower():
-        return (
-            f"{path} is refused: it is no PyTorch checkpoint, or one that holds more than tensors and plain containers"
-        )
-    return f"{path} is damaged or cut short: it cannot be read as a PyTorch checkpoint"
+        # torch has one exception for both, so its words must tell refusal from damage
+        needed = _GLOBAL.search(str(error))
+        if needed is not None:
+            return Refusal(
+                f"{path} is refused: unpickling it would need {needed[1]!r}, which may run code; "
+                "only tensors and plain containers are read (torch.load(weights_only=True))"
+            )
+        if "weights only" in str(error).lower():
+            return Refusal(
+                f"{path} is refused: it is no PyTorch checkpoint, "
+                "or one that holds more than tensors and plain containers"
+            )
+        raise CheckpointError(f"{path} is damaged or cut short: it cannot be read as a PyTorch checkpoint") from error
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -107,9 +118,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a readable YAML file: {_first_line(error)}") from error
+    check_size(settings, path)
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path} must hold a YAML mapping of settings, got {type(settings).__name__}")
     return settings
+
+
+def check_size(settings: Any, source: object) -> None:
+    """Refuse settings that refer to themselves, or so often to each other that even an error could not print them.
+
+    Raises:
+        CheckpointError: there are more than 100,000 values, each counted as often as it is referred to.
+    """
+    waiting, count = [settings], 0
+    while waiting:
+        value = waiting.pop()
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        count += 1
+        if count > _MAX_VALUES:
+            raise CheckpointError(f"{source} is refused: it holds more than {_MAX_VALUES} values, so no settings")
 
 
 def _first_line(error: Exception) -> str:

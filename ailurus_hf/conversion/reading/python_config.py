@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...utils.errors import CheckpointError
+from .files import check_size
 
 __all__ = ["parse_config"]
 
@@ -27,7 +28,7 @@ def parse_config(text: str, name: str) -> dict[str, Any]:
         name: where it is from, for messages.
 
     Raises:
-        CheckpointError: it is too long or no Python.
+        CheckpointError: it is too long, no Python, or its values are too many.
     """
     if len(text) > _MAX_LETTERS:
         raise CheckpointError(f"{name} is refused: longer than {_MAX_LETTERS} letters, so no config")
@@ -41,11 +42,12 @@ def parse_config(text: str, name: str) -> dict[str, Any]:
             continue
         for target in statement.targets:
             if isinstance(target, ast.Name):
-                values.pop(target.id, None)
+                values.pop(target.id, None)  # a name assigned anew and unreadably must not keep its old value
                 try:
                     values[target.id] = _value(statement.value, values)
-                except (_NotLiteral, TypeError, RecursionError):
+                except (_NotLiteral, TypeError, RecursionError):  # TypeError: a list as a key, minus of a text
                     continue
+    check_size(values, name)
     return values
 
 

@@ -11,10 +11,10 @@ from huggingface_hub import ModelCard, snapshot_download
 
 from ...utils.errors import CheckpointError
 from ..unsupported import refuse_unsupported
-from .files import explain_load_failure, read_safetensors, read_torch_file, state_dict_of
+from .files import Refusal, read_safetensors, read_torch_file, state_dict_of
 from .unpickling import read_tensors_from_pickle
 
-__all__ = ["find_weights", "license_of", "locate", "read_json", "read_tensors", "tensors_of", "weight_files"]
+__all__ = ["find_weights", "license_of", "read_json", "read_tensors", "tensors_of", "weight_files"]
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SETTINGS = ["*.json", "README.md"]
@@ -30,15 +30,35 @@ WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 RECORDED = "golden.safetensors"  # outputs recorded beside a checkpoint, no weights
 
 
-def locate(source: str | Path, hub: bool = True) -> Path:
-    """The file or folder that `source` names; a name on the Hub (`owner/name`) is downloaded to the cache.
+def find_weights(source: str | Path, preferred: Sequence[str] = WEIGHT_NAMES, hub: bool = True) -> Path:
+    """The weight file (or the index of the shards) that `source` names or holds.
 
-    Only settings and weights are downloaded, safetensors where there are any.
+    Args:
+        source: a file, a folder, or a name on the Hub (`owner/name`), which is downloaded to the cache.
+        preferred: file names to look for in a folder, the first that is there wins.
+        hub: whether `source` may be a name on the Hub.
 
     Raises:
-        FileNotFoundError: it is neither a path nor a name that the Hub (or its cache, offline) has.
+        FileNotFoundError: there is no such source, or the folder has no weights, or several and none preferred.
         CheckpointError: it is neither a file nor a folder.
     """
+    place = _locate(source, hub)
+    if place.is_file():
+        return place
+    for name in preferred:
+        if (place / name).is_file():
+            return place / name
+    others = [p for p in sorted(place.iterdir()) if p.suffix in WEIGHT_SUFFIXES and p.name != RECORDED]
+    if len(others) == 1:
+        return others[0]
+    found = ", ".join(sorted(path.name for path in place.iterdir())[:8]) or "nothing"
+    raise FileNotFoundError(
+        f"no {' or '.join(preferred[:1])} in {place}, which holds {found}; name the file itself if it is one of them"
+    )
+
+
+def _locate(source: str | Path, hub: bool) -> Path:
+    """The file or folder that `source` names; of the Hub only settings and weights, safetensors where there are any."""
     path = Path(source)
     if path.is_dir() or path.is_file():
         return path
@@ -47,6 +67,7 @@ def locate(source: str | Path, hub: bool = True) -> Path:
     if not hub or not _HUB_NAME.fullmatch(str(source)):
         raise FileNotFoundError(f"{source} does not exist" + ("; a name on the Hub is owner/name" if hub else ""))
     try:
+        # two steps, since a repository with both formats would otherwise be downloaded twice over
         folder = Path(snapshot_download(str(source), allow_patterns=[*_SETTINGS, "model*.safetensors"]))
         if not list(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(str(source), allow_patterns=[*_SETTINGS, "pytorch_model*.bin"]))
@@ -54,26 +75,6 @@ def locate(source: str | Path, hub: bool = True) -> Path:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise FileNotFoundError(f"{source} is no file or folder, and the Hub does not give it: {reason[0]}") from error
     return folder
-
-
-def find_weights(source: Path, preferred: Sequence[str] = WEIGHT_NAMES) -> Path:
-    """The weight file (or the index of the shards) in a folder, or the file itself.
-
-    Raises:
-        FileNotFoundError: the folder has none, or several and none of a preferred name.
-    """
-    if source.is_file():
-        return source
-    for name in preferred:
-        if (source / name).is_file():
-            return source / name
-    others = [p for p in sorted(source.iterdir()) if p.suffix in WEIGHT_SUFFIXES and p.name != RECORDED]
-    if len(others) == 1:
-        return others[0]
-    found = ", ".join(sorted(path.name for path in source.iterdir())[:8]) or "nothing"
-    raise FileNotFoundError(
-        f"no {' or '.join(preferred[:1])} in {source}, which holds {found}; name the file itself if it is one of them"
-    )
 
 
 def weight_files(path: Path) -> tuple[Path, ...]:
@@ -88,6 +89,7 @@ def weight_files(path: Path) -> tuple[Path, ...]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} must list the shards in 'weight_map'")
+    # an index is a stranger's text too: it must not make us read files elsewhere, nor follow it to another index
     names = sorted({str(name) for name in weight_map.values()})
     if any(Path(name).name != name or Path(name).suffix == ".json" for name in names):
         raise CheckpointError(f"{path} is refused: its shards must be files of the same folder, got {names[0]!r}")
@@ -117,16 +119,16 @@ def read_tensors(path: Path, objects: bool = False) -> Mapping[str, Any]:
 
 
 def _read_pickled(path: Path, objects: bool) -> Any:
-    """torch's own safe reader first; the placeholders only where it refuses objects, not damage."""
+    """torch's own safe reader first; the placeholders only where it refuses objects, not where it finds damage."""
+    content = read_torch_file(path)
+    if not isinstance(content, Refusal):
+        return content
+    if not objects:
+        raise CheckpointError(content.reason)
     try:
-        return read_torch_file(path)
-    except CheckpointError as error:
-        if not objects or "is refused" not in str(error):
-            raise
-        try:
-            return read_tensors_from_pickle(path)
-        except Exception as failure:  # a damaged or hostile pickle raises whatever its bytes spell
-            raise CheckpointError(explain_load_failure(path, error.__cause__ or failure)) from failure  # type: ignore[arg-type]
+        return read_tensors_from_pickle(path)
+    except Exception as error:  # a damaged or hostile pickle raises whatever its bytes spell
+        raise CheckpointError(content.reason) from error
 
 
 def tensors_of(content: Mapping[str, Any], path: Path, entry: str = "model") -> dict[str, torch.Tensor]:

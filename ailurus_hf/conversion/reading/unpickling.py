@@ -36,6 +36,7 @@ _STORAGES = {
 class Placeholder:
     """Stands for any object or function of the pickle; creating, calling and filling it do nothing."""
 
+    # A pickle creates objects by calling the class, or __new__ alone (NEWOBJ); both take whatever arguments it has.
     def __new__(cls, *args: Any, **kwargs: Any) -> "Placeholder":
         return object.__new__(cls)
 
@@ -45,6 +46,7 @@ class Placeholder:
     def __call__(self, *args: Any, **kwargs: Any) -> "Placeholder":
         return self
 
+    # Without it, BUILD would write the pickle's state into __dict__, over the methods of this class.
     def __setstate__(self, state: Any) -> None:
         pass
 
@@ -54,7 +56,7 @@ class Placeholder:
     def _ignore(self, *args: Any) -> None:
         pass
 
-    append = extend = add = update = _ignore
+    append = extend = add = update = _ignore  # what the opcodes for lists, sets and dictionaries call
 
 
 class _Dictionary(dict[Any, Any]):
@@ -82,6 +84,7 @@ class _Tensor(Placeholder):
         numbers = (offset, *size, *stride)
         if not all(type(number) is int and number >= 0 for number in numbers) or len(size) != len(stride):
             raise ValueError("a tensor's shape is not made of numbers")
+        # as_strided checks the bounds of the storage, which may be larger than what this tensor was given of the file
         last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
         if not isinstance(storage, torch.Tensor) or (0 not in size and last >= len(storage)):
             raise ValueError("a tensor is larger than the memory stored for it")
@@ -89,7 +92,7 @@ class _Tensor(Placeholder):
 
 
 class _Parameter(Placeholder):
-    """What `torch._utils._rebuild_parameter` becomes: the tensor alone."""
+    """What `torch._utils._rebuild_parameter` becomes: the tensor alone, without gradient or hooks."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return args[0]
@@ -101,6 +104,7 @@ class _InertUnpickler(pickle._Unpickler):
         self._archive, self._folder = archive, folder
         self._storages: dict[str, torch.Tensor] = {}
 
+    # The one door to code. Only names that stand for data get through, and none of them is looked up in a module.
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return _Dictionary
@@ -113,6 +117,7 @@ class _InertUnpickler(pickle._Unpickler):
         return Placeholder
 
     def get_extension(self, code: int) -> None:
+        # copyreg has classes under numbers, and a cache of them that find_class does not see
         self.append(Placeholder)  # type: ignore[attr-defined]  # set by load()
 
     def persistent_load(self, identity: Any) -> Any:
@@ -120,10 +125,12 @@ class _InertUnpickler(pickle._Unpickler):
         kind, storage, key, _, numel = identity
         if kind != "storage" or not isinstance(storage, _Storage) or type(key) is not str or type(numel) is not int:
             return Placeholder()
-        if key not in self._storages:
+        if key not in self._storages:  # tensors that shared memory share it again
             content = _read_member(self._archive, f"{self._folder}/data/{key}")
+            # numel is the pickle's word; frombuffer would take it, and -1 means "all there is"
             if numel < 0 or len(content) < numel * storage.dtype.itemsize:
                 raise ValueError("a tensor's memory is shorter than it should be")
+            # frombuffer refuses empty buffers
             whole = torch.frombuffer(content, dtype=storage.dtype, count=numel) if numel else torch.empty(0)
             self._storages[key] = whole.to(storage.dtype)
         return self._storages[key]

@@ -11,8 +11,8 @@ from ...architectures.row import Architecture
 from ...registry import ARCHITECTURES
 from ...utils.errors import CheckpointError
 from ..reading.files import state_dict_of
-from ..reading.sources import find_weights, license_of, locate, read_json, read_tensors
-from ..recipe import Plan, Recipe, Reference, SourceCheckpoint
+from ..reading.sources import license_of, read_json, read_tensors
+from ..recipe import Plan, Recipe, Reference, Sign, SourceCheckpoint
 from ..rules import Rename
 
 __all__ = ["RECIPE", "plan_ailurus", "read_ailurus"]
@@ -21,14 +21,13 @@ RULES = (Rename("{name:*}", "{name}"),)
 _NOT_FIELDS = ("architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version")
 
 
-def read_ailurus(source: str | Path) -> SourceCheckpoint:
+def read_ailurus(weights: Path) -> SourceCheckpoint:
     """Read `config.json` and the weights beside it.
 
     Raises:
-        FileNotFoundError: the source, its weights or `config.json` are missing.
+        FileNotFoundError: `config.json` is missing.
         CheckpointError: a file is unreadable or unsafe, or no AiluRus checkpoint.
     """
-    weights = find_weights(locate(source))
     config = weights.parent / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"no config.json beside {weights}: AiluRus checkpoints keep their settings there")
@@ -57,7 +56,7 @@ def plan_ailurus(checkpoint: SourceCheckpoint) -> Plan:
         config=config,
         rules=RULES,
         processor=_processor(folder),
-        model_class=names[0],
+        model_class=row.load(auto_class),
         reference=None if auto_class == "AutoBackbone" else _dense_forward(config, row, auto_class, output),
         output=output,
         pads_images=True,
@@ -71,6 +70,7 @@ def _settings(checkpoint: SourceCheckpoint, row: Architecture) -> dict[str, Any]
         config = row.load("AutoConfig").from_dict(dict(checkpoint.description))
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise CheckpointError(f"config.json is not valid: {' '.join(str(error).split())}") from error
+    # config.json may leave out defaults; those named below are read before a config is made of the rest
     written = {name: value for name, value in checkpoint.description.items() if name not in _NOT_FIELDS}
     return {
         **written,
@@ -102,8 +102,7 @@ def _dense_forward(config: Mapping[str, Any], row: Architecture, auto_class: str
 
 RECIPE = Recipe(
     title="an AiluRus checkpoint",
-    url="",
-    citation="",
+    signs=(Sign("config.json with a model_type of this package", lambda e: e.model_type in ARCHITECTURES),),
     read=read_ailurus,
     plan=plan_ailurus,
 )

@@ -9,17 +9,16 @@ labels. Facts of the original code kept here:
 - a training checkpoint holds a student and a teacher; the teacher is the one to use.
 """
 
-from pathlib import Path
-from typing import Any
+from functools import partial
 
-from ..reading.files import strip_common_prefix
-from ..reading.sources import find_weights, locate, read_tensors, tensors_of
-from ..recipe import Plan, Recipe, SourceCheckpoint
+from ...modeling.modeling_ailurus import AiluRusModel
+from ..reading.sources import find_weights
+from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
 from ..references.vit import ViTForward
 from ..rules import Drop, Rule
-from .timm_style import IMAGENET, TimmParts, encoder_rules, encoder_settings
+from .timm_style import BARE, BLOCK, IMAGENET, TimmParts, encoder_rules, encoder_settings, position_settings, read_bare
 
-__all__ = ["RECIPE", "dino_rules", "plan_dino", "read_dino"]
+__all__ = ["RECIPE", "dino_rules", "plan_dino"]
 
 POSITION_OFFSET = 0.1
 
@@ -40,19 +39,6 @@ def dino_rules(parts: TimmParts) -> tuple[Rule, ...]:
     return (*rules, Drop("head.{rest:*}", "DINO's projection head, used only in training", optional=True))
 
 
-def read_dino(source: str | Path) -> SourceCheckpoint:
-    """Read a released backbone, or the teacher of a training checkpoint.
-
-    Raises:
-        FileNotFoundError: the source or its weights are missing.
-        CheckpointError: a file is unreadable or unsafe, or holds no state dict.
-    """
-    weights = find_weights(locate(source, hub=False))
-    content = read_tensors(weights, objects=True)
-    tensors = strip_common_prefix(tensors_of(content, weights, "teacher"))
-    return SourceCheckpoint(weights, tensors, description={})
-
-
 def plan_dino(checkpoint: SourceCheckpoint) -> Plan:
     """Make the plan from the tensors.
 
@@ -66,27 +52,25 @@ def plan_dino(checkpoint: SourceCheckpoint) -> Plan:
         config=config,
         rules=dino_rules(parts),
         processor=dict(IMAGENET),
-        model_class="AiluRusModel",
+        model_class=AiluRusModel,
         reference=ViTForward(config, prefix, offset=POSITION_OFFSET),
         output="last_hidden_state",
         recorded={"cls": "pooler_output"},
     )
 
 
-def position_settings(offset: float = 0.0, antialias: bool = False) -> dict[str, Any]:
-    """The fields of `AiluRusConfig` that say how positions are resized: bicubic, whenever the grid differs."""
-    return {
-        "position_interpolation": "bicubic",
-        "position_offset": offset,
-        "position_antialias": antialias,
-        "position_resize_rule": "shape",
-    }
-
-
 RECIPE = Recipe(
     title="DINO",
     url="https://github.com/facebookresearch/dino",
     citation=CITATION,
-    read=read_dino,
+    signs=(
+        Sign(
+            "an entry 'teacher' with tensors named backbone.blocks.0.attn.qkv.weight and head.last_layer.*",
+            lambda e: "teacher" in e.container and e.has(BLOCK) and e.has(r"head\.last_layer\."),
+        ),
+        BARE,
+    ),
+    read=partial(read_bare, entry="teacher"),
     plan=plan_dino,
+    find=partial(find_weights, hub=False),
 )

@@ -10,17 +10,16 @@ https://github.com/facebookresearch/dinov2). Facts of the original code kept her
 - `mask_token` is only used in training; FSDP checkpoints number their blocks `blocks.<chunk>.<block>`.
 """
 
-from pathlib import Path
+from functools import partial
 
-from ..reading.files import strip_common_prefix
-from ..reading.sources import find_weights, locate, read_tensors, tensors_of
-from ..recipe import Plan, Recipe, SourceCheckpoint
+from ...modeling.modeling_ailurus import AiluRusModel
+from ..reading.sources import find_weights
+from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
 from ..references.vit import ViTForward
 from ..rules import Drop, Rename, Rule, match
-from .dino import position_settings
-from .timm_style import IMAGENET, TimmParts, encoder_rules, encoder_settings
+from .timm_style import BLOCK, IMAGENET, TimmParts, encoder_rules, encoder_settings, position_settings, read_bare
 
-__all__ = ["RECIPE", "dinov2_parts", "dinov2_rules", "plan_dinov2", "read_dinov2"]
+__all__ = ["RECIPE", "dinov2_parts", "dinov2_rules", "plan_dinov2"]
 
 POSITION_OFFSET = 0.1  # without registers
 
@@ -48,19 +47,6 @@ def dinov2_rules(parts: TimmParts) -> tuple[Rule, ...]:
     return (*encoder_rules(parts, target=""), mask, heads)
 
 
-def read_dinov2(source: str | Path) -> SourceCheckpoint:
-    """Read a released backbone, or the teacher of a training checkpoint.
-
-    Raises:
-        FileNotFoundError: the source or its weights are missing.
-        CheckpointError: a file is unreadable or unsafe, or holds no state dict.
-    """
-    weights = find_weights(locate(source, hub=False))
-    content = read_tensors(weights, objects=True)
-    tensors = strip_common_prefix(tensors_of(content, weights, "teacher"))
-    return SourceCheckpoint(weights, tensors, description={})
-
-
 def plan_dinov2(checkpoint: SourceCheckpoint) -> Plan:
     """Make the plan from the tensors; `position_offset` and `position_antialias` may be set otherwise.
 
@@ -77,7 +63,7 @@ def plan_dinov2(checkpoint: SourceCheckpoint) -> Plan:
         config=config,
         rules=dinov2_rules(parts),
         processor=dict(IMAGENET),
-        model_class="AiluRusModel",
+        model_class=AiluRusModel,
         reference=ViTForward(config, parts.prefix, "register_tokens", antialias, offset),
         output="last_hidden_state",
         recorded={"x_norm_clstoken": "pooler_output"},
@@ -88,6 +74,15 @@ RECIPE = Recipe(
     title="DINOv2",
     url="https://github.com/facebookresearch/dinov2",
     citation=CITATION,
-    read=read_dinov2,
+    signs=(
+        Sign(
+            "tensors named mask_token, blocks.0.ls1.gamma and blocks.0.attn.qkv.weight",
+            lambda e: (
+                e.has(BLOCK) and e.has(r"(backbone\.)?mask_token$") and e.has(r"(backbone\.)?blocks\..*ls1\.gamma")
+            ),
+        ),
+    ),
+    read=partial(read_bare, entry="teacher"),
     plan=plan_dinov2,
+    find=partial(find_weights, hub=False),
 )

@@ -9,25 +9,27 @@ here:
 - classifiers look at the class token behind `norm`, or at the mean of the patch tokens behind `fc_norm`.
 """
 
-from pathlib import Path
+from functools import partial
 
-from ..reading.files import strip_common_prefix
-from ..reading.sources import find_weights, locate, read_tensors, tensors_of
-from ..recipe import Plan, Recipe, SourceCheckpoint
+from ..reading.sources import find_weights
+from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
 from ..references.vit import ViTForward
 from ..rules import Drop, Rule
-from .dino import position_settings
 from .timm_style import (
+    BLOCK,
     IMAGENET,
+    IN_MODEL,
     TimmParts,
     classifier_rules,
     encoder_rules,
     encoder_settings,
-    model_name,
+    model_class,
+    position_settings,
+    read_bare,
     rows_of,
 )
 
-__all__ = ["RECIPE", "mae_rules", "plan_mae", "read_mae"]
+__all__ = ["RECIPE", "mae_rules", "plan_mae"]
 
 DECODER = "{part:decoder_embed|decoder_blocks|decoder_norm|decoder_pred}.{rest:*}"
 
@@ -52,19 +54,6 @@ def mae_rules(parts: TimmParts) -> tuple[Rule, ...]:
     )
 
 
-def read_mae(source: str | Path) -> SourceCheckpoint:
-    """Read a released or a training checkpoint.
-
-    Raises:
-        FileNotFoundError: the source or its weights are missing.
-        CheckpointError: a file is unreadable or unsafe, or holds no state dict.
-    """
-    weights = find_weights(locate(source, hub=False))
-    content = read_tensors(weights, objects=True)
-    tensors = strip_common_prefix(tensors_of(content, weights, "model"))
-    return SourceCheckpoint(weights, tensors, description={})
-
-
 def plan_mae(checkpoint: SourceCheckpoint) -> Plan:
     """Make the plan from the tensors.
 
@@ -82,7 +71,7 @@ def plan_mae(checkpoint: SourceCheckpoint) -> Plan:
         config=config,
         rules=mae_rules(parts),
         processor=dict(IMAGENET),
-        model_class=model_name(num_labels),
+        model_class=model_class(num_labels),
         reference=ViTForward(config, classifiers=classifiers),
         output="logits" if classifiers else "last_hidden_state",
         recorded={"logits": "logits"} if classifiers else {"encoder_tokens": "last_hidden_state"},
@@ -93,6 +82,14 @@ RECIPE = Recipe(
     title="MAE",
     url="https://github.com/facebookresearch/mae",
     citation=CITATION,
-    read=read_mae,
+    signs=(
+        Sign(
+            "tensors named decoder_blocks.*, decoder_pos_embed and blocks.0.attn.qkv.weight",
+            lambda e: e.has(BLOCK) and e.has(r"decoder_blocks\.") and e.has(r"decoder_pos_embed"),
+        ),
+        IN_MODEL,
+    ),
+    read=partial(read_bare, entry="model"),
     plan=plan_mae,
+    find=partial(find_weights, hub=False),
 )

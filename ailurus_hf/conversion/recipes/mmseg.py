@@ -13,28 +13,30 @@ mmsegmentation (https://github.com/open-mmlab/mmsegmentation). Facts of its code
 The settings are those stored in the checkpoint, else those of a `.py` config beside it; neither is executed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...utils.errors import CheckpointError
 from ..reading.files import strip_common_prefix
 from ..reading.python_config import parse_config
-from ..reading.sources import find_weights, license_of, locate, read_tensors, tensors_of
-from ..recipe import Plan, Recipe, SourceCheckpoint
+from ..reading.settings import Settings, label_names
+from ..reading.sources import find_weights, license_of, read_tensors, tensors_of
+from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
 from ..references.mmseg import MmsegForward
-from ..rules import Drop, Flatten, Rename, Rule, SplitRows
+from ..rules import BATCH_NORM, PARAM, Drop, Flatten, Rename, Rule, SplitRows
 from .timm_style import count_blocks
 
 __all__ = ["RECIPE", "mmseg_rules", "plan_mmseg", "read_mmseg"]
 
-PARAM = "{param:weight|bias}"
 HEADS = {
     "SegmenterMaskTransformerHead": "mask_transformer",
     "FCNHead": "linear",
     "SETRUPHead": "progressive_upsampling",
 }
 INTERPOLATIONS = ("bicubic", "bilinear")
+# arguments of the constructor that change what is computed, with the value that can be ported
 BACKBONE_FLAGS = {
     "with_cls_token": True,
     "patch_norm": False,
@@ -43,6 +45,7 @@ BACKBONE_FLAGS = {
     "out_origin": False,
     "output_cls_token": False,
 }
+# defaults of mmsegmentation's constructors, which configs leave out
 SETR_NORM = {"type": "LN", "eps": 1e-6}
 RELU = {"type": "ReLU"}
 DEFAULT_EPS = 1e-5  # of `dict(type="LN")`, and of BatchNorm
@@ -94,7 +97,7 @@ HEAD_RULES: Mapping[str, tuple[Rule, ...]] = {
         Rename(f"decode_head.norm.{PARAM}", "decode_head.layernorm.{param}"),
         Rename("decode_head.up_convs.{layer}.0.conv.weight", "decode_head.convolutions.{layer}.weight"),
         Rename(
-            "decode_head.up_convs.{layer}.0.bn.{param:weight|bias|running_mean|running_var|num_batches_tracked}",
+            f"decode_head.up_convs.{{layer}}.0.bn.{BATCH_NORM}",
             "decode_head.batch_norms.{layer}.{param}",
         ),
         Rename(f"decode_head.conv_seg.{PARAM}", "decode_head.classifier.{param}"),
@@ -108,14 +111,12 @@ def mmseg_rules(decoder_type: str, final_norm: bool) -> tuple[Rule, ...]:
     return BACKBONE_RULES + (FINAL_NORM_RULES if final_norm else ()) + HEAD_RULES[decoder_type] + (auxiliary,)
 
 
-def read_mmseg(source: str | Path) -> SourceCheckpoint:
+def read_mmseg(weights: Path) -> SourceCheckpoint:
     """Read a checkpoint and its config, from inside the file or from the one `.py` beside it.
 
     Raises:
-        FileNotFoundError: the source or its weights are missing.
         CheckpointError: a file is unreadable or unsafe, or holds no state dict or no config.
     """
-    weights = find_weights(locate(source, hub=False), preferred=("latest.pth",))
     content = read_tensors(weights, objects=True)
     tensors = strip_common_prefix(tensors_of(content, weights, "state_dict"))
     meta = content.get("meta")
@@ -145,12 +146,12 @@ def plan_mmseg(checkpoint: SourceCheckpoint) -> Plan:
         CheckpointError: the model is not Segmenter or SETR on a `VisionTransformer`, or a setting is missing or not
             supported.
     """
-    model = _section(checkpoint.description, "model", "")
-    backbone, head = _section(model, "backbone", "model"), _section(model, "decode_head", "model")
+    model = Settings(checkpoint.description, "the config's ").section("model")
+    backbone, head = model.section("backbone"), model.section("decode_head")
     _check_kinds(backbone, head)
     config = _backbone_settings(checkpoint, backbone) | _head_settings(head)
     config |= _label_settings(checkpoint, config["num_labels"]) | _window_settings(model)
-    data = model.get("data_preprocessor") or checkpoint.description.get("data_preprocessor")
+    data = model.values.get("data_preprocessor") or checkpoint.description.get("data_preprocessor")
     data = data or checkpoint.description.get("img_norm_cfg")
     return Plan(
         config=config,
@@ -163,7 +164,8 @@ def plan_mmseg(checkpoint: SourceCheckpoint) -> Plan:
     )
 
 
-def _check_kinds(backbone: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+def _check_kinds(backbone_settings: Settings, head_settings: Settings) -> None:
+    backbone, head = backbone_settings.values, head_settings.values
     if backbone.get("type") != "VisionTransformer":
         raise CheckpointError(
             f"model.backbone.type must be 'VisionTransformer', got {backbone.get('type')!r}; other backbones "
@@ -175,18 +177,19 @@ def _check_kinds(backbone: Mapping[str, Any], head: Mapping[str, Any]) -> None:
     if kind == "FCNHead" and (head.get("num_convs", 2) != 0 or head.get("concat_input", True)):
         raise CheckpointError("model.decode_head must have num_convs=0 and concat_input=False, the linear head")
     if kind == "SETRUPHead":
-        _check_upsampling(head)
+        _check_upsampling(head_settings)
     for name, expected in BACKBONE_FLAGS.items():
         if backbone.get(name, expected) is not expected:
             raise CheckpointError(f"model.backbone.{name} must be {expected}, got {backbone[name]!r}")
-    _check_last_layer(backbone, head)
+    _check_last_layer(backbone_settings, head_settings)
     if head.get("align_corners", False):
         raise CheckpointError("model.decode_head.align_corners must be False, got True")
 
 
-def _check_upsampling(head: Mapping[str, Any]) -> None:
+def _check_upsampling(settings: Settings) -> None:
     """What SETR's head could have and the published ones do not: other norms, activations and kernels."""
-    norm, activation = _section(head, "norm_cfg", "model.decode_head"), head.get("act_cfg", RELU)
+    head = settings.values
+    norm, activation = settings.section("norm_cfg").values, head.get("act_cfg", RELU)
     layer_norm = head.get("norm_layer", SETR_NORM)
     if not isinstance(layer_norm, Mapping) or layer_norm.get("type") != "LN":
         raise CheckpointError(f"model.decode_head.norm_layer must be LN, got {layer_norm!r}")
@@ -198,10 +201,10 @@ def _check_upsampling(head: Mapping[str, Any]) -> None:
         raise CheckpointError(f"model.decode_head.kernel_size must be 1 or 3, got {head['kernel_size']!r}")
 
 
-def _check_last_layer(backbone: Mapping[str, Any], head: Mapping[str, Any]) -> None:
+def _check_last_layer(backbone: Settings, head: Settings) -> None:
     """The head must look at the last layer: `in_index` selects one of the outputs, which come in the layers' order."""
-    last = _integer(backbone, "num_layers", 12) - 1
-    named, selected = backbone.get("out_indices", -1), head.get("in_index", -1)
+    last = backbone.integer("num_layers", 12) - 1
+    named, selected = backbone.values.get("out_indices", -1), head.values.get("in_index", -1)
     layers = named if isinstance(named, list | tuple) else [last if named == -1 else named]
     if not all(type(index) is int and 0 <= index <= last for index in layers) or last not in layers:
         raise CheckpointError(f"model.backbone.out_indices must name the last layer, {last}, got {named!r}")
@@ -211,72 +214,69 @@ def _check_last_layer(backbone: Mapping[str, Any], head: Mapping[str, Any]) -> N
         )
 
 
-def _backbone_settings(checkpoint: SourceCheckpoint, backbone: Mapping[str, Any]) -> dict[str, Any]:
-    hidden_size = _integer(backbone, "embed_dims", 768)
-    mode = backbone.get("interpolate_mode", "bicubic")
+def _backbone_settings(checkpoint: SourceCheckpoint, backbone: Settings) -> dict[str, Any]:
+    hidden_size = backbone.integer("embed_dims", 768)
+    mode = backbone.values.get("interpolate_mode", "bicubic")
     if mode not in INTERPOLATIONS:
         raise CheckpointError(f"model.backbone.interpolate_mode must be one of {INTERPOLATIONS}, got {mode!r}")
     return {
         "hidden_size": hidden_size,
         "num_hidden_layers": count_blocks(checkpoint.tensors, "backbone.layers.{layer}"),
-        "num_attention_heads": _integer(backbone, "num_heads", 12),
-        "intermediate_size": _integer(backbone, "mlp_ratio", 4) * hidden_size,
-        "layer_norm_eps": _eps(backbone.get("norm_cfg")),
-        "image_size": _pair(backbone.get("img_size", 224), "model.backbone.img_size"),
-        "patch_size": _integer(backbone, "patch_size", 16),
-        "num_channels": _integer(backbone, "in_channels", 3),
+        "num_attention_heads": backbone.integer("num_heads", 12),
+        "intermediate_size": backbone.integer("mlp_ratio", 4) * hidden_size,
+        "layer_norm_eps": _eps(backbone.values.get("norm_cfg")),
+        "image_size": backbone.pair("img_size", 224),
+        "patch_size": backbone.integer("patch_size", 16),
+        "num_channels": backbone.integer("in_channels", 3),
         "patch_bias": "backbone.patch_embed.projection.bias" in checkpoint.tensors,
         "use_final_norm": "backbone.ln1.weight" in checkpoint.tensors,
-        "hidden_dropout_prob": float(backbone.get("drop_rate", 0.0)),
-        "attention_probs_dropout_prob": float(backbone.get("attn_drop_rate", 0.0)),
-        "drop_path_rate": float(backbone.get("drop_path_rate", 0.0)),
+        "hidden_dropout_prob": backbone.share("drop_rate", 0.0),
+        "attention_probs_dropout_prob": backbone.share("attn_drop_rate", 0.0),
+        "drop_path_rate": backbone.share("drop_path_rate", 0.0),
         "position_interpolation": mode,
         "position_resize_rule": "count",
         "logits_resize": "squeeze",
     }
 
 
-def _head_settings(head: Mapping[str, Any]) -> dict[str, Any]:
-    settings = {"decoder_type": HEADS[head["type"]], "num_labels": _integer(head, "num_classes", None)}
-    if head["type"] == "FCNHead":
+def _head_settings(head: Settings) -> dict[str, Any]:
+    kind = head.values["type"]
+    settings = {"decoder_type": HEADS[kind], "num_labels": head.integer("num_classes")}
+    if kind == "FCNHead":
         return settings
-    if head["type"] == "SETRUPHead":
+    if kind == "SETRUPHead":
         return settings | {
-            "decoder_num_layers": _integer(head, "num_convs", 1),
-            "decoder_hidden_size": _integer(head, "channels", None),
-            "decoder_kernel_size": _integer(head, "kernel_size", 3),
-            "decoder_upscale": _integer(head, "up_scale", 4),
-            "decoder_layer_norm_eps": _eps(head.get("norm_layer", SETR_NORM)),
-            "decoder_dropout_prob": float(head.get("dropout_ratio", 0.1)),
+            "decoder_num_layers": head.integer("num_convs", 1),
+            "decoder_hidden_size": head.integer("channels"),
+            "decoder_kernel_size": head.integer("kernel_size", 3),
+            "decoder_upscale": head.integer("up_scale", 4),
+            "decoder_layer_norm_eps": _eps(head.values.get("norm_layer", SETR_NORM)),
+            "decoder_dropout_prob": head.share("dropout_ratio", 0.1),
         }
-    embed_dims = _integer(head, "embed_dims", 768)
+    embed_dims = head.integer("embed_dims", 768)
     return settings | {
-        "decoder_num_layers": _integer(head, "num_layers", None),
-        "decoder_num_attention_heads": _integer(head, "num_heads", None),
-        "decoder_intermediate_size": _integer(head, "mlp_ratio", 4) * embed_dims,
-        "decoder_layer_norm_eps": _eps(head.get("norm_cfg")),
-        "decoder_dropout_prob": float(head.get("drop_rate", 0.0)),
+        "decoder_num_layers": head.integer("num_layers"),
+        "decoder_num_attention_heads": head.integer("num_heads"),
+        "decoder_intermediate_size": head.integer("mlp_ratio", 4) * embed_dims,
+        "decoder_layer_norm_eps": _eps(head.values.get("norm_cfg")),
+        "decoder_dropout_prob": head.share("drop_rate", 0.0),
     }
 
 
 def _label_settings(checkpoint: SourceCheckpoint, num_labels: int) -> dict[str, Any]:
     """Class names and colours of the data set, where the checkpoint carries as many as it has classes."""
     labels = checkpoint.description["labels"]
-    settings: dict[str, Any] = {}
-    names, palette = labels.get("classes"), labels.get("palette")
-    if _is_list(names, num_labels) and all(isinstance(name, str) for name in names):
-        settings["id2label"] = dict(enumerate(names))
-        settings["label2id"] = {name: index for index, name in enumerate(names)}
+    settings, palette = label_names(labels.get("classes"), num_labels), labels.get("palette")
     if _is_list(palette, num_labels) and all(_is_list(colour, 3) for colour in palette):
         settings["palette"] = [[int(value) for value in colour] for colour in palette]
     return settings
 
 
-def _window_settings(model: Mapping[str, Any]) -> dict[str, int]:
-    test = model.get("test_cfg")
+def _window_settings(model: Settings) -> dict[str, int]:
+    test = model.values.get("test_cfg")
     if not isinstance(test, Mapping) or test.get("mode") != "slide":
         return {}
-    size, stride = (_pair(test.get(name), f"model.test_cfg.{name}") for name in ("crop_size", "stride"))
+    size, stride = (model.section("test_cfg").pair(name) for name in ("crop_size", "stride"))
     if len({*size}) > 1 or len({*stride}) > 1:
         return {}  # windows here are square
     return {"window_size": size[0], "window_stride": stride[0]}
@@ -296,27 +296,6 @@ def _eps(norm: Any) -> float:
     return float(eps)
 
 
-def _section(parent: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    value = parent.get(key)
-    if not isinstance(value, Mapping):
-        raise CheckpointError(f"the config's {where}{'.' * bool(where)}{key} must be a dict, got {value!r}")
-    return value
-
-
-def _integer(section: Mapping[str, Any], key: str, default: int | None) -> int:
-    value = section.get(key, default)
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"the config's {key} must be a whole number above 0, got {value!r}")
-    return value
-
-
-def _pair(value: Any, name: str) -> list[int]:
-    sides: Sequence[Any] = [value, value] if type(value) is int else value if isinstance(value, list | tuple) else []
-    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
-        raise CheckpointError(f"the config's {name} must be a number or (height, width), got {value!r}")
-    return list(sides)
-
-
 def _is_list(value: Any, length: int) -> bool:
     return isinstance(value, list | tuple) and len(value) == length
 
@@ -325,6 +304,14 @@ RECIPE = Recipe(
     title="mmsegmentation",
     url="https://github.com/open-mmlab/mmsegmentation",
     citation=CITATION,
+    signs=(
+        Sign(
+            "tensors named backbone.layers.0.attn.attn.in_proj_weight and decode_head.*",
+            lambda e: e.has(r"backbone\.layers\.\d+\.attn\.attn\.in_proj_weight") and e.has(r"decode_head\."),
+        ),
+    ),
     read=read_mmseg,
     plan=plan_mmseg,
+    find=partial(find_weights, preferred=("latest.pth",), hub=False),
+    relatives=("segformer",),
 )

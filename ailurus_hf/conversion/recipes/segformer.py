@@ -15,7 +15,9 @@ stored with the weights (which are parsed, never run), else it is that of all pu
 """
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,13 @@ import torch
 from torch.nn import functional as F
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
+from ...modeling.modeling_ailurus_segformer import AiluRusSegformerForSemanticSegmentation
 from ...utils.errors import CheckpointError
 from ..reading.files import state_dict_of, strip_common_prefix
-from ..reading.sources import find_weights, license_of, locate, read_json, read_tensors
-from ..recipe import Plan, Recipe, Reference, SourceCheckpoint
-from ..rules import Drop, Flatten, Rename, Rule, SplitRows, fill, match
+from ..reading.settings import label_names
+from ..reading.sources import license_of, read_json, read_tensors
+from ..recipe import Evidence, Plan, Recipe, Reference, Sign, SourceCheckpoint
+from ..rules import BATCH_NORM, PARAM, Drop, Flatten, Rename, Rule, SplitRows, fill, match
 
 __all__ = ["ORIGINS", "RECIPE", "plan_segformer", "read_segformer", "segformer_rules"]
 
@@ -38,7 +42,7 @@ CITATION = """@inproceedings{xie2021segformer,
   year={2021}
 }"""
 STAGES = range(4)
-PUBLISHED_HEADS = (1, 2, 5, 8)
+PUBLISHED_HEADS = (1, 2, 5, 8)  # of MiT-B0 to B5
 # A tensor name that only checkpoints of this origin have.
 ORIGINS = {
     "transformers": "segformer.stages.0.patch_embeddings.proj.weight",
@@ -52,8 +56,6 @@ EPS: Mapping[str, dict[str, float]] = {
     "nvlabs": {"layer_norm_eps": 1e-6, "patch_norm_eps": 1e-5, "reduction_norm_eps": 1e-5},
     "mmseg": {"layer_norm_eps": 1e-6},
 }
-PARAM = "{param:weight|bias}"
-BATCH_NORM = "{param:weight|bias|running_mean|running_var|num_batches_tracked}"
 
 
 def _renames(pairs: Mapping[str, str], source: str = "", target: str = "", optional: bool = False) -> tuple[Rule, ...]:
@@ -177,17 +179,12 @@ def segformer_rules(origin: str) -> tuple[Rule, ...]:
     return RULES[origin]
 
 
-def read_segformer(source: str | Path) -> SourceCheckpoint:
+def read_segformer(weights: Path) -> SourceCheckpoint:
     """Read a checkpoint and the settings in it or beside it.
 
-    Args:
-        source: the weights file, a folder that holds it, or a name on the Hub.
-
     Raises:
-        FileNotFoundError: the source or its weights are missing.
         CheckpointError: a file is unreadable or unsafe, or holds no state dict.
     """
-    weights = find_weights(locate(source))
     content = read_tensors(weights, objects=True)
     tensors = strip_common_prefix(state_dict_of(content, weights, "state_dict"))
     meta = content.get("meta")
@@ -220,17 +217,19 @@ def plan_segformer(checkpoint: SourceCheckpoint) -> Plan:
             f"{', '.join(ORIGINS.values())}"
         )
     rules = segformer_rules(origin)
+    # the table turns every origin's names into ours, so that sizes are read in one way
     config = _sizes(rules, checkpoint)
     heads, notes = _heads(checkpoint)
     config |= {"num_attention_heads": heads, **EPS[origin], "decoder_type": "conv" if origin == "mmseg" else "linear"}
-    config |= _label_names(checkpoint.description, config["num_labels"])
+    config |= label_names(_stored_names(checkpoint.description, config["num_labels"]), config["num_labels"])
+    # counted in each stage, so the shallowest decides
     tail = checkpoint.overrides.get("tail_layers", 0)
     config["cluster_layer"] = max(0, min(2, min(config["depths"]) - 1 - tail))
     return Plan(
         config=config,
         rules=rules,
         processor=_processor(checkpoint.description),
-        model_class="AiluRusSegformerForSemanticSegmentation",
+        model_class=AiluRusSegformerForSemanticSegmentation,
         reference=_native_forward(checkpoint.description.get("config.json"), heads),
         image_sizes=((64, 96), (50, 75)),
         license=license_of(checkpoint.weights_path.parent),
@@ -273,6 +272,7 @@ def _sizes(rules: tuple[Rule, ...], checkpoint: SourceCheckpoint) -> dict[str, A
     reductions = [f"{stage(i)}blocks.0.attention.sequence_reduction.sequence_reduction.weight" for i in STAGES]
     depths = []
     for index in STAGES:
+        # not the largest number found: a name may claim block 10**12, and the check against the model finds gaps
         depth = 0
         while f"{stage(index)}blocks.{depth}.layernorm_before.weight" in shapes:
             depth += 1
@@ -322,15 +322,12 @@ def _values_in_python(text: str, name: str) -> Iterator[Any]:
                 continue
 
 
-def _label_names(description: Mapping[str, Any], num_labels: int) -> dict[str, Any]:
-    """Class names where the source has one for each class."""
-    names = description["classes"]
+def _stored_names(description: Mapping[str, Any], num_labels: int) -> Any:
+    """The class names of the config, in order, else those beside the weights."""
     stored = description.get("config.json", {}).get("id2label")
     if isinstance(stored, Mapping):
-        names = [stored.get(str(index)) for index in range(num_labels)]
-    if not isinstance(names, list | tuple) or len(names) != num_labels or not all(isinstance(n, str) for n in names):
-        return {}
-    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+        return [stored.get(str(index)) for index in range(num_labels)]
+    return description["classes"]
 
 
 def _processor(description: Mapping[str, Any]) -> dict[str, Any]:
@@ -351,6 +348,9 @@ RECIPE = Recipe(
     title="SegFormer",
     url="https://github.com/NVlabs/SegFormer",
     citation=CITATION,
+    signs=tuple(
+        Sign(f"a tensor named {key}", partial(Evidence.has, pattern=re.escape(key) + "$")) for key in ORIGINS.values()
+    ),
     read=read_segformer,
     plan=plan_segformer,
 )

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ...utils.errors import CheckpointError
-from ..reading.files import read_safetensors, read_torch_file, read_yaml, state_dict_of, strip_common_prefix
-from ..recipe import Plan, Recipe, SourceCheckpoint
+from ..reading.files import read_yaml, state_dict_of, strip_common_prefix
+from ..reading.settings import Settings
+from ..reading.sources import find_weights, read_tensors
+from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
 from ..references.segmenter import segmenter_logits
-from ..rules import Drop, Rename, Rule, Transpose, match
+from ..rules import PARAM, Drop, Rename, Rule, Transpose, match
 from .timm_style import block_rules, mlp_rules
 
 __all__ = ["RECIPE", "plan_segmenter", "read_segmenter", "segmenter_rules"]
@@ -46,29 +48,29 @@ def _block_rules(source: str, target: str) -> tuple[Rule, ...]:
 ENCODER_RULES: tuple[Rule, ...] = (
     Rename("encoder.cls_token", "ailurus.embeddings.cls_token"),
     Rename("encoder.pos_embed", "ailurus.embeddings.position_embeddings"),
-    Rename("encoder.patch_embed.proj.{param:weight|bias}", "ailurus.embeddings.patch_embeddings.projection.{param}"),
+    Rename(f"encoder.patch_embed.proj.{PARAM}", "ailurus.embeddings.patch_embeddings.projection.{param}"),
     *_block_rules("encoder", "ailurus"),
-    Rename("encoder.norm.{param:weight|bias}", "ailurus.layernorm.{param}"),
-    Drop("encoder.head.{param:weight|bias}", "the encoder's ImageNet classifier, unused by Segmenter", optional=True),
+    Rename(f"encoder.norm.{PARAM}", "ailurus.layernorm.{param}"),
+    Drop(f"encoder.head.{PARAM}", "the encoder's ImageNet classifier, unused by Segmenter", optional=True),
 )
 DISTILLED_RULES: tuple[Rule, ...] = (
     Rename("encoder.dist_token", "ailurus.embeddings.distillation_token"),
     Drop(
-        "encoder.head_dist.{param:weight|bias}",
+        f"encoder.head_dist.{PARAM}",
         "the encoder's ImageNet distillation classifier, unused by Segmenter",
         optional=True,
     ),
 )
 DECODER_RULES: Mapping[str, tuple[Rule, ...]] = {
-    "linear": (Rename("decoder.head.{param:weight|bias}", "decode_head.classifier.{param}"),),
+    "linear": (Rename(f"decoder.head.{PARAM}", "decode_head.classifier.{param}"),),
     "mask_transformer": (
         Rename("decoder.cls_emb", "decode_head.class_tokens"),
-        Rename("decoder.proj_dec.{param:weight|bias}", "decode_head.projection.{param}"),
+        Rename(f"decoder.proj_dec.{PARAM}", "decode_head.projection.{param}"),
         *_block_rules("decoder", "decode_head"),
-        Rename("decoder.decoder_norm.{param:weight|bias}", "decode_head.layernorm.{param}"),
+        Rename(f"decoder.decoder_norm.{PARAM}", "decode_head.layernorm.{param}"),
         Transpose("decoder.proj_patch", "decode_head.patch_projection.weight"),
         Transpose("decoder.proj_classes", "decode_head.class_projection.weight"),
-        Rename("decoder.mask_norm.{param:weight|bias}", "decode_head.mask_norm.{param}"),
+        Rename(f"decoder.mask_norm.{PARAM}", "decode_head.mask_norm.{param}"),
     ),
 }
 
@@ -78,46 +80,20 @@ def segmenter_rules(decoder_type: str, distilled: bool) -> tuple[Rule, ...]:
     return ENCODER_RULES + (DISTILLED_RULES if distilled else ()) + DECODER_RULES[decoder_type]
 
 
-def read_segmenter(source: str | Path) -> SourceCheckpoint:
+def read_segmenter(weights: Path) -> SourceCheckpoint:
     """Read a checkpoint and the `variant.yml` beside it.
 
-    Args:
-        source: the weights file, or a folder with `checkpoint.pth`, `model.safetensors` or one other `.pth`.
-
     Raises:
-        FileNotFoundError: the source, its weights or `variant.yml` are missing.
+        FileNotFoundError: `variant.yml` is missing.
         CheckpointError: a file is unreadable or unsafe, or holds no state dict.
     """
-    weights = _find_weights(Path(source))
-    if weights.suffix == ".safetensors":
-        tensors = state_dict_of({"model": read_safetensors(weights)}, weights, "model")
-    else:
-        tensors = state_dict_of(read_torch_file(weights), weights, "model")
+    tensors = strip_common_prefix(state_dict_of(read_tensors(weights), weights, "model"))
     variant = weights.parent / "variant.yml"
     if not variant.is_file():
         raise FileNotFoundError(
             f"no variant.yml beside {weights}: official Segmenter checkpoints keep their settings there"
         )
-    return SourceCheckpoint(weights, strip_common_prefix(tensors), read_yaml(variant))
-
-
-def _find_weights(source: Path) -> Path:
-    if not source.exists():
-        raise FileNotFoundError(f"{source} does not exist; expected a Segmenter folder or its checkpoint.pth")
-    if not source.is_dir():
-        if not source.is_file():
-            raise CheckpointError(f"{source} is neither a file nor a folder")
-        return source
-    for name in ("checkpoint.pth", "model.safetensors"):
-        if (source / name).is_file():
-            return source / name
-    others = sorted(source.glob("*.pth"))
-    if len(others) == 1:
-        return others[0]
-    found = ", ".join(sorted(path.name for path in source.iterdir())[:8]) or "nothing"
-    raise FileNotFoundError(
-        f"no checkpoint.pth in {source}, which holds {found}; name the file itself if it is one of them"
-    )
+    return SourceCheckpoint(weights, tensors, read_yaml(variant))
 
 
 def plan_segmenter(checkpoint: SourceCheckpoint) -> Plan:
@@ -126,12 +102,12 @@ def plan_segmenter(checkpoint: SourceCheckpoint) -> Plan:
     Raises:
         CheckpointError: a setting is missing, of the wrong type, or not supported.
     """
-    net = _section(checkpoint.description, "net_kwargs")
-    decoder = _section(net, "decoder", where="net_kwargs")
-    config = _encoder_config(net) | _decoder_config(decoder, net)
-    config |= _window_config(checkpoint.description)
+    variant = Settings(checkpoint.description, "variant.yml: ")
+    net = variant.section("net_kwargs")
+    config = _encoder_config(net) | _decoder_config(net.section("decoder"), net)
+    config |= _window_config(variant)
     _check_number_of_blocks(checkpoint, config)
-    processor, notes = _processor(checkpoint.description, net)
+    processor, notes = _processor(variant, net)
     reference = partial(
         segmenter_logits,
         patch_size=config["patch_size"],
@@ -142,57 +118,54 @@ def plan_segmenter(checkpoint: SourceCheckpoint) -> Plan:
     return Plan(config=config, rules=rules, processor=processor, reference=reference, pads_images=True, notes=notes)
 
 
-def _encoder_config(net: Mapping[str, Any]) -> dict[str, Any]:
-    hidden_size = _integer(net, "d_model")
-    dropout = _number(net, "dropout", default=0.1)
+def _encoder_config(net: Settings) -> dict[str, Any]:
+    hidden_size = net.integer("d_model")
+    dropout = net.share("dropout", default=0.1)
     return {
         "hidden_size": hidden_size,
-        "num_hidden_layers": _integer(net, "n_layers"),
-        "num_attention_heads": _integer(net, "n_heads"),
+        "num_hidden_layers": net.integer("n_layers"),
+        "num_attention_heads": net.integer("n_heads"),
         "intermediate_size": 4 * hidden_size,
         "hidden_act": "gelu",
         "hidden_dropout_prob": dropout,
         "attention_probs_dropout_prob": dropout,
-        "drop_path_rate": _number(net, "drop_path_rate", default=0.0),
+        "drop_path_rate": net.share("drop_path_rate", default=0.0),
         "layer_norm_eps": 1e-5,
         "image_size": _image_size(net),
-        "patch_size": _integer(net, "patch_size"),
-        "num_channels": _integer(net, "channels", default=3),
-        "num_labels": _integer(net, "n_cls"),
-        "use_distillation_token": _flag(net, "distilled", default=False),
+        "patch_size": net.integer("patch_size"),
+        "num_channels": net.integer("channels", default=3),
+        "num_labels": net.integer("n_cls"),
+        "use_distillation_token": net.flag("distilled", default=False),
         "position_interpolation": "bilinear",
         "position_resize_rule": "count",
     }
 
 
-def _decoder_config(decoder: Mapping[str, Any], net: Mapping[str, Any]) -> dict[str, Any]:
-    name = decoder.get("name")
+def _decoder_config(decoder: Settings, net: Settings) -> dict[str, Any]:
+    name = decoder.values.get("name")
     if isinstance(name, str) and "linear" in name:  # the original tests it in this way
         return {"decoder_type": "linear"}
     if name != "mask_transformer":
-        raise CheckpointError(
-            f"variant.yml: net_kwargs.decoder.name must be 'linear' or 'mask_transformer', got {name!r}"
-        )
-    hidden_size = _integer(net, "d_model")
+        raise CheckpointError(f"{decoder.where}name must be 'linear' or 'mask_transformer', got {name!r}")
+    hidden_size = net.integer("d_model")
     if hidden_size < DECODER_HEAD_DIM:
         raise CheckpointError(
-            f"variant.yml: net_kwargs.d_model must be at least {DECODER_HEAD_DIM} for a mask_transformer decoder "
+            f"{net.where}d_model must be at least {DECODER_HEAD_DIM} for a mask_transformer decoder "
             f"(one head per {DECODER_HEAD_DIM} channels), got {hidden_size}"
         )
     return {
         "decoder_type": "mask_transformer",
-        "decoder_num_layers": _integer(decoder, "n_layers", where="net_kwargs.decoder"),
+        "decoder_num_layers": decoder.integer("n_layers"),
         "decoder_num_attention_heads": hidden_size // DECODER_HEAD_DIM,
         "decoder_intermediate_size": 4 * hidden_size,
-        "decoder_dropout_prob": _number(decoder, "dropout", default=0.1, where="net_kwargs.decoder"),
+        "decoder_dropout_prob": decoder.share("dropout", default=0.1),
     }
 
 
-def _window_config(variant: Mapping[str, Any]) -> dict[str, int]:
+def _window_config(variant: Settings) -> dict[str, int]:
     """Size and stride of the sliding windows, in pixels, where the variant has them."""
-    inference = _section(variant, "inference_kwargs", default={})
-    names = [name for name in ("window_size", "window_stride") if name in inference]
-    return {name: _integer(inference, name, where="inference_kwargs") for name in names}
+    inference = variant.section("inference_kwargs", default={})
+    return {name: inference.integer(name) for name in ("window_size", "window_stride") if name in inference.values}
 
 
 def _check_number_of_blocks(checkpoint: SourceCheckpoint, config: Mapping[str, Any]) -> None:
@@ -207,7 +180,7 @@ def _check_number_of_blocks(checkpoint: SourceCheckpoint, config: Mapping[str, A
             )
 
 
-def _processor(variant: Mapping[str, Any], net: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _processor(variant: Settings, net: Settings) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Preprocessing as in the original evaluation: the shorter side resized to `im_size`, then normalised.
 
     Without `inference_kwargs.im_size` the size is the training images' (`dataset_kwargs.image_size`), else the
@@ -216,68 +189,45 @@ def _processor(variant: Mapping[str, Any], net: Mapping[str, Any]) -> tuple[dict
 
     Where both places name a normalisation, the dataset's is used: it is what the weights were trained with.
     """
-    dataset = _section(variant, "dataset_kwargs", default={})
-    inference = _section(variant, "inference_kwargs", default={})
-    names = [section["normalization"] for section in (dataset, net) if "normalization" in section]
+    dataset = variant.section("dataset_kwargs", default={})
+    inference = variant.section("inference_kwargs", default={})
+    names = [section.values["normalization"] for section in (dataset, net) if "normalization" in section.values]
     if not names or any(name not in NORMALIZATIONS for name in names):
         raise CheckpointError(f"variant.yml: normalization must be 'vit' or 'deit', got {names or None!r}")
     notes: tuple[str, ...] = ()
     if len(set(names)) > 1:
         notes = (f"dataset_kwargs and net_kwargs name different normalizations {names}; {names[0]!r} is used",)
-    if "im_size" in inference:
-        size = _integer(inference, "im_size", where="inference_kwargs")
-    elif "image_size" in dataset:
-        size = _integer(dataset, "image_size", where="dataset_kwargs")
+    if "im_size" in inference.values:
+        size = inference.integer("im_size")
+    elif "image_size" in dataset.values:
+        size = dataset.integer("image_size")
     else:
         size = min(_image_size(net))
     return {"do_resize": True, "size": {"shortest_edge": size}, **NORMALIZATIONS[names[0]]}, notes
 
 
-def _image_size(net: Mapping[str, Any]) -> tuple[int, int]:
-    value = net.get("image_size")
-    size = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
-    patch_size = _integer(net, "patch_size")
-    if len(size) != 2 or not all(type(side) is int and side > 0 and side % patch_size == 0 for side in size):
+def _image_size(net: Settings) -> tuple[int, int]:
+    height, width = net.pair("image_size")
+    patch_size = net.integer("patch_size")
+    if height % patch_size or width % patch_size:
         raise CheckpointError(
-            f"variant.yml: net_kwargs.image_size must be (height, width), multiples of patch_size={patch_size}, "
-            f"got {value!r}"
+            f"{net.where}image_size must be (height, width), multiples of patch_size={patch_size}, "
+            f"got {net.values['image_size']!r}"
         )
-    return size[0], size[1]
-
-
-def _section(parent: Mapping[str, Any], key: str, where: str = "", default: Any = None) -> Mapping[str, Any]:
-    value = parent.get(key, default)
-    if not isinstance(value, Mapping):
-        name = f"{where}.{key}" if where else key
-        raise CheckpointError(f"variant.yml: {name} must be a mapping, got {value!r}")
-    return value
-
-
-def _integer(section: Mapping[str, Any], key: str, where: str = "net_kwargs", default: int | None = None) -> int:
-    value = section.get(key, default)
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"variant.yml: {where}.{key} must be a whole number above 0, got {value!r}")
-    return value
-
-
-def _number(section: Mapping[str, Any], key: str, default: float, where: str = "net_kwargs") -> float:
-    value = section.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise CheckpointError(f"variant.yml: {where}.{key} must be a number from 0 to below 1, got {value!r}")
-    return float(value)
-
-
-def _flag(section: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = section.get(key, default)
-    if not isinstance(value, bool):
-        raise CheckpointError(f"variant.yml: net_kwargs.{key} must be true or false, got {value!r}")
-    return value
+    return height, width
 
 
 RECIPE = Recipe(
     title="official Segmenter",
     url="https://github.com/rstrudel/segmenter",
     citation=CITATION,
+    signs=(
+        Sign(
+            "tensors named encoder.blocks.0.attn.qkv.weight and decoder.*",
+            lambda e: e.has(r"encoder\.blocks\.\d+\.attn\.qkv\.") and e.has(r"decoder\."),
+        ),
+    ),
     read=read_segmenter,
     plan=plan_segmenter,
+    find=partial(find_weights, preferred=("checkpoint.pth", "model.safetensors"), hub=False),
 )

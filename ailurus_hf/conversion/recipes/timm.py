@@ -15,17 +15,21 @@ from typing import Any
 
 from ...utils.errors import CheckpointError
 from ..reading.files import strip_common_prefix
-from ..reading.sources import find_weights, license_of, locate, read_json, read_tensors, tensors_of
-from ..recipe import Plan, Recipe, SourceCheckpoint
+from ..reading.settings import Settings
+from ..reading.sources import license_of, read_json, read_tensors, tensors_of
+from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
 from ..references.vit import ViTForward
 from ..rules import Rule
-from .dino import position_settings
 from .timm_style import (
+    BARE,
+    BLOCK,
+    IN_MODEL,
     TimmParts,
     classifier_rules,
     encoder_rules,
     encoder_settings,
-    model_name,
+    model_class,
+    position_settings,
     rows_of,
 )
 
@@ -62,14 +66,12 @@ def timm_rules(parts: TimmParts) -> tuple[Rule, ...]:
     return (*rules, *classifier_rules(names, ["classifier", "distillation_classifier"][: len(names)]))
 
 
-def read_timm(source: str | Path) -> SourceCheckpoint:
+def read_timm(weights: Path) -> SourceCheckpoint:
     """Read the weights and, when it is beside them, timm's `config.json`.
 
     Raises:
-        FileNotFoundError: the source or its weights are missing.
         CheckpointError: a file is unreadable or unsafe, or holds no state dict.
     """
-    weights = find_weights(locate(source))
     content = read_tensors(weights)
     tensors = strip_common_prefix(tensors_of(content, weights, "model"))
     config = weights.parent / "config.json"
@@ -85,19 +87,20 @@ def plan_timm(checkpoint: SourceCheckpoint) -> Plan:
             number of heads or the grid.
     """
     parts = TimmParts(frozenset(checkpoint.tensors))
-    arguments = _section(checkpoint, "model_args")
-    pretrained = _section(checkpoint, "pretrained_cfg") or dict(checkpoint.description)
-    _check_plain(checkpoint, parts, arguments)
+    description = Settings(checkpoint.description, "config.json: ")
+    arguments = description.section("model_args", default={})
+    pretrained = description.section("pretrained_cfg", default={}).values or checkpoint.description
+    _check_plain(checkpoint, parts, arguments.values)
     num_labels = rows_of(checkpoint, "head.weight")
     config = encoder_settings(
         checkpoint,
         parts,
         image_size=_image_size(arguments, pretrained),
-        prefix_positions=0 if arguments.get("no_embed_class") else None,
-        heads=arguments.get("num_heads"),
+        prefix_positions=0 if arguments.values.get("no_embed_class") else None,
+        heads=arguments.values.get("num_heads"),
     )
     config |= position_settings(antialias=True)
-    config["pooling"] = _pooling(checkpoint, config, arguments)
+    config["pooling"] = _pooling(checkpoint, config, arguments.values)
     if num_labels is not None:
         config |= {"num_labels": num_labels, "use_distillation_classifier": parts.has("head_dist.weight")}
     classifiers = tuple(name for name in ("head", "head_dist") if parts.has(f"{name}.weight"))
@@ -105,7 +108,7 @@ def plan_timm(checkpoint: SourceCheckpoint) -> Plan:
         config=config,
         rules=timm_rules(parts),
         processor=_processor(pretrained, classify=num_labels is not None),
-        model_class=model_name(num_labels),
+        model_class=model_class(num_labels),
         reference=ViTForward(config, antialias=True, classifiers=classifiers),
         output="logits" if classifiers else "last_hidden_state",
         recorded={"logits": "logits"} if classifiers else {"tokens": "last_hidden_state", "logits": "pooler_output"},
@@ -131,17 +134,12 @@ def _pooling(checkpoint: SourceCheckpoint, config: Mapping[str, Any], arguments:
     return "mean" if config["use_pooler_norm"] or not config["use_cls_token"] else "cls"
 
 
-def _image_size(arguments: Mapping[str, Any], pretrained: Mapping[str, Any]) -> list[int] | None:
+def _image_size(arguments: Settings, pretrained: Mapping[str, Any]) -> list[int] | None:
     """The trained (height, width) in pixels; `None` when the config does not say."""
-    size = arguments.get("img_size")
-    if size is None and isinstance(pretrained.get("input_size"), list):
-        size = pretrained["input_size"][1:]
-    sides = [size, size] if isinstance(size, int) else size
-    if sides is None:
-        return None
-    if not isinstance(sides, list) or len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
-        raise CheckpointError(f"config.json: img_size must be a number or [height, width], got {size!r}")
-    return sides
+    if arguments.values.get("img_size") is not None:
+        return arguments.pair("img_size")
+    size = pretrained.get("input_size")  # channels, height, width
+    return Settings({"input_size": size[1:]}, "config.json: ").pair("input_size") if isinstance(size, list) else None
 
 
 def _processor(pretrained: Mapping[str, Any], classify: bool) -> dict[str, Any]:
@@ -152,6 +150,7 @@ def _processor(pretrained: Mapping[str, Any], classify: bool) -> dict[str, Any]:
     }
     size = pretrained.get("input_size")
     if classify and isinstance(size, list) and len(size) == 3:
+        # timm resizes to input / crop_pct, so that the crop cuts out that share
         shortest = math.floor(min(size[1:]) / float(pretrained.get("crop_pct") or 0.875))
         processor |= {
             "do_resize": True,
@@ -175,17 +174,18 @@ def _license(checkpoint: SourceCheckpoint, pretrained: Mapping[str, Any]) -> str
     return named if isinstance(named, str) else license_of(checkpoint.weights_path.parent)
 
 
-def _section(checkpoint: SourceCheckpoint, name: str) -> dict[str, Any]:
-    section = checkpoint.description.get(name) or {}
-    if not isinstance(section, dict):
-        raise CheckpointError(f"config.json: {name} must be an object, got {section!r}")
-    return section
-
-
 RECIPE = Recipe(
     title="timm",
     url="https://github.com/huggingface/pytorch-image-models",
     citation=CITATION,
+    signs=(
+        Sign(
+            "config.json with timm's 'architecture', and tensors named blocks.0.attn.qkv.weight",
+            lambda e: e.has(BLOCK) and "architecture" in (e.config or {}),
+        ),
+        IN_MODEL,
+        BARE,
+    ),
     read=read_timm,
     plan=plan_timm,
 )

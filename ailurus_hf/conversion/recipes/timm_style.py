@@ -7,15 +7,37 @@ The tensors tell nearly everything: sizes, which tokens there are, LayerScale, b
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from ...modeling.modeling_ailurus import AiluRusForImageClassification, AiluRusModel
 from ...utils.errors import CheckpointError
-from ..recipe import SourceCheckpoint
-from ..rules import Rename, Rule, SplitRows, match
+from ..reading.files import strip_common_prefix
+from ..reading.sources import read_tensors, tensors_of
+from ..recipe import Sign, SourceCheckpoint
+from ..rules import PARAM, Rename, Rule, SplitRows, match
 
-__all__ = ["IMAGENET", "TimmParts", "block_rules", "count_blocks", "encoder_rules", "encoder_settings", "model_name"]
+__all__ = [
+    "BARE",
+    "BLOCK",
+    "IMAGENET",
+    "IN_MODEL",
+    "TimmParts",
+    "block_rules",
+    "classifier_rules",
+    "count_blocks",
+    "encoder_rules",
+    "encoder_settings",
+    "mlp_rules",
+    "model_class",
+    "num_heads",
+    "position_settings",
+    "read_bare",
+    "rows_of",
+]
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 PUBLISHED_HEADS = {
@@ -31,6 +53,18 @@ PUBLISHED_HEADS = {
     1536: 24,
     1664: 16,
 }  # width of the tokens -> attention heads, in the ViTs that timm, DINO, DINOv2 and MAE publish
+
+BLOCK = r"(backbone\.)?blocks\.\d+\.(\d+\.)?attn\.qkv\.weight$"  # a name that all of these formats have
+IN_MODEL = Sign(
+    "an entry 'model' with tensors named blocks.0.attn.qkv.weight",
+    lambda evidence: evidence.has(BLOCK) and "model" in evidence.container,
+    certain=False,
+)
+BARE = Sign(
+    "tensors named blocks.0.attn.qkv.weight, without settings",
+    lambda evidence: evidence.has(BLOCK) and not evidence.container and not evidence.config,
+    certain=False,
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +97,16 @@ class TimmParts:
         return any(match(rule, key) is not None for key in self.keys)
 
 
+def read_bare(weights: Path, entry: str) -> SourceCheckpoint:
+    """Read a file without settings: the tensors of `entry`, whatever is beside them, or the whole file.
+
+    Raises:
+        CheckpointError: a file is unreadable or unsafe, or holds no state dict.
+    """
+    tensors = tensors_of(read_tensors(weights, objects=True), weights, entry)
+    return SourceCheckpoint(weights, strip_common_prefix(tensors), description={})
+
+
 def block_rules(block: str, layer: str, layer_scale: bool = False, qk_norm: bool = False) -> tuple[Rule, ...]:
     """The rules of one block's attention, norms and, where wanted, LayerScale and query and key norms; not the MLP.
 
@@ -72,10 +116,10 @@ def block_rules(block: str, layer: str, layer_scale: bool = False, qk_norm: bool
     """
     qkv = tuple(f"{layer}.attention.{name}_proj.{{param}}" for name in "qkv")
     rules: tuple[Rule, ...] = (
-        Rename(f"{block}.norm1.{{param:weight|bias}}", f"{layer}.layernorm_before.{{param}}"),
-        SplitRows(f"{block}.attn.qkv.{{param:weight|bias}}", qkv),
-        Rename(f"{block}.attn.proj.{{param:weight|bias}}", f"{layer}.attention.o_proj.{{param}}"),
-        Rename(f"{block}.norm2.{{param:weight|bias}}", f"{layer}.layernorm_after.{{param}}"),
+        Rename(f"{block}.norm1.{PARAM}", f"{layer}.layernorm_before.{{param}}"),
+        SplitRows(f"{block}.attn.qkv.{PARAM}", qkv),
+        Rename(f"{block}.attn.proj.{PARAM}", f"{layer}.attention.o_proj.{{param}}"),
+        Rename(f"{block}.norm2.{PARAM}", f"{layer}.layernorm_after.{{param}}"),
     )
     if layer_scale:
         rules += tuple(Rename(f"{block}.ls{i}.gamma", f"{layer}.layer_scale{i}.lambda1") for i in (1, 2))
@@ -88,11 +132,11 @@ def block_rules(block: str, layer: str, layer_scale: bool = False, qk_norm: bool
 def mlp_rules(block: str, layer: str, gated: bool = False) -> tuple[Rule, ...]:
     """The rules of one block's MLP; the rows of DINOv2's fused `w12` are the gate, then the value."""
     if not gated:
-        return (Rename(f"{block}.mlp.{{fc:fc1|fc2}}.{{param:weight|bias}}", f"{layer}.mlp.{{fc}}.{{param}}"),)
+        return (Rename(f"{block}.mlp.{{fc:fc1|fc2}}.{PARAM}", f"{layer}.mlp.{{fc}}.{{param}}"),)
     gate_and_value = tuple(f"{layer}.mlp.{name}_proj.{{param}}" for name in ("gate", "up"))
     return (
-        SplitRows(f"{block}.mlp.w12.{{param:weight|bias}}", gate_and_value),
-        Rename(f"{block}.mlp.w3.{{param:weight|bias}}", f"{layer}.mlp.down_proj.{{param}}"),
+        SplitRows(f"{block}.mlp.w12.{PARAM}", gate_and_value),
+        Rename(f"{block}.mlp.w3.{PARAM}", f"{layer}.mlp.down_proj.{{param}}"),
     )
 
 
@@ -109,13 +153,13 @@ def encoder_rules(parts: TimmParts, target: str) -> tuple[Rule, ...]:
         *(Rename(source + name, f"{target}embeddings.{new}") for name, new in tokens.items() if parts.has(name)),
         Rename(f"{source}pos_embed", f"{target}embeddings.position_embeddings"),
         Rename(
-            f"{source}patch_embed.proj.{{param:weight|bias}}",
+            f"{source}patch_embed.proj.{PARAM}",
             f"{target}embeddings.patch_embeddings.projection.{{param}}",
         ),
         *block_rules(parts.block, layer, parts.block_has("ls1.gamma"), qk_norm=parts.block_has("attn.q_norm.weight")),
         *mlp_rules(parts.block, layer, gated=parts.block_has("mlp.w12.weight")),
         *(
-            Rename(f"{source}{name}.{{param:weight|bias}}", f"{target}{new}.{{param}}")
+            Rename(f"{source}{name}.{PARAM}", f"{target}{new}.{{param}}")
             for name, new in norms.items()
             if parts.has(f"{name}.weight")
         ),
@@ -193,15 +237,25 @@ def count_blocks(tensors: Mapping[str, Any], block: str) -> int:
     found = {int(values["layer"]) for key in tensors if (values := match(rule, key)) is not None}
     if not found:
         raise CheckpointError(f"the checkpoint holds no blocks named {block}")
-    missing = sorted(set(range(min(max(found) + 1, 10_000))) - found)
+    missing = sorted(set(range(min(max(found) + 1, 10_000))) - found)  # a name may claim block 10**12
     if missing:
         raise CheckpointError(f"missing in the checkpoint: all of {block.replace('{layer}', str(missing[0]))}")
     return len(found)
 
 
-def model_name(num_labels: int | None) -> str:
-    """Public name of the model class: with a classifier, or the bare encoder."""
-    return "AiluRusModel" if num_labels is None else "AiluRusForImageClassification"
+def position_settings(offset: float = 0.0, antialias: bool = False) -> dict[str, Any]:
+    """The fields of `AiluRusConfig` that say how positions are resized: bicubic, whenever the grid differs."""
+    return {
+        "position_interpolation": "bicubic",
+        "position_offset": offset,
+        "position_antialias": antialias,
+        "position_resize_rule": "shape",
+    }
+
+
+def model_class(num_labels: int | None) -> type[PreTrainedModel]:
+    """The class of the result: with a classifier, or the bare encoder."""
+    return AiluRusModel if num_labels is None else AiluRusForImageClassification
 
 
 def rows_of(checkpoint: SourceCheckpoint, name: str) -> int | None:
@@ -210,6 +264,7 @@ def rows_of(checkpoint: SourceCheckpoint, name: str) -> int | None:
 
 
 def _mlp_settings(checkpoint: SourceCheckpoint, parts: TimmParts) -> dict[str, Any]:
+    # all blocks have the same sizes, or the check against the model names the one that has not
     first = parts.block.format(chunk=0, layer=0)
     if parts.block_has("mlp.w12.weight"):
         rows = _tensor(checkpoint, f"{first}.mlp.w12.weight", ndim=2).shape[0]
@@ -248,7 +303,4 @@ def _tensor(checkpoint: SourceCheckpoint, name: str, ndim: int) -> torch.Tensor:
 
 def classifier_rules(names: Sequence[str], targets: Sequence[str]) -> tuple[Rule, ...]:
     """The classifiers, named `names` in the source."""
-    return tuple(
-        Rename(f"{name}.{{param:weight|bias}}", f"{target}.{{param}}")
-        for name, target in zip(names, targets, strict=True)
-    )
+    return tuple(Rename(f"{name}.{PARAM}", f"{target}.{{param}}") for name, target in zip(names, targets, strict=True))

@@ -6,7 +6,7 @@ differs from the original projects (positions resized to the exact size; LayerNo
 the result is compared with the native class itself.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ...utils.errors import CheckpointError
-from ..reading.sources import find_weights, license_of, locate, read_json, read_tensors, tensors_of
-from ..recipe import Plan, Recipe, SourceCheckpoint
-from ..rules import Drop, Rename, Rule, SplitRows
+from ..reading.sources import license_of, read_json, read_tensors, tensors_of
+from ..recipe import Plan, Recipe, Reference, Sign, SourceCheckpoint
+from ..rules import PARAM, Drop, Rename, Rule, SplitRows
 from ..unsupported import refuse_unsupported
-from .dino import position_settings
-from .timm_style import classifier_rules, rows_of
+from .timm_style import classifier_rules, model_class, position_settings, rows_of
 
 __all__ = ["FAMILIES", "RECIPE", "Family", "plan_transformers", "read_transformers", "transformers_rules"]
 
@@ -91,7 +90,6 @@ PROCESSOR_FIELDS = (
     "image_mean",
     "image_std",
 )
-PARAM = "{param:weight|bias}"
 
 
 def transformers_rules(
@@ -166,20 +164,19 @@ def _mlp_rules(family: Family, version: int, block: str, layer: str, gated: bool
     return (Rename(f"{block}.mlp.{{name:fc1|fc2}}.{PARAM}", f"{layer}.mlp.{{name}}.{{param}}"),)
 
 
-def read_transformers(source: str | Path) -> SourceCheckpoint:
+def read_transformers(weights: Path) -> SourceCheckpoint:
     """Read `config.json` and the weights beside it.
 
     Raises:
-        FileNotFoundError: the source, its weights or `config.json` are missing.
+        FileNotFoundError: `config.json` is missing.
         CheckpointError: a file is unreadable or unsafe, or of a family that is not ported.
     """
-    weights = find_weights(locate(source))
     config = weights.parent / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"no config.json beside {weights}: transformers checkpoints keep their settings there")
     description = read_json(config)
     model_type = description.get("model_type")
-    refuse_unsupported(source, model_type=model_type)
+    refuse_unsupported(weights.parent, model_type=model_type)
     if str(model_type) not in FAMILIES:
         raise CheckpointError(f"{config}: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}")
     if description.get("quantization_config"):
@@ -199,6 +196,7 @@ def plan_transformers(checkpoint: SourceCheckpoint) -> Plan:
     config = _settings(native, family) | _label_settings(checkpoint, native, family, classifier)
     keys = frozenset(checkpoint.tensors)
     prefix = f"{family.prefix}." if any(key.startswith(f"{family.prefix}.") for key in keys) else ""
+    # only names tell: the version in config.json is that of whoever saved it last, and 5 can write both
     version = 4 if any(".attention.attention." in key for key in keys) else 5
     target = "" if classifier is None else "ailurus."
     rules = transformers_rules(
@@ -209,7 +207,7 @@ def plan_transformers(checkpoint: SourceCheckpoint) -> Plan:
         config=config,
         rules=rules + _classifier_rules(classifier),
         processor=_processor(checkpoint.weights_path.parent / "preprocessor_config.json"),
-        model_class="AiluRusModel" if classifier is None else "AiluRusForImageClassification",
+        model_class=model_class(config.get("num_labels")),
         reference=_native_forward(native, family, classifier),
         output="last_hidden_state" if classifier is None else "logits",
         resizes=height == width,  # the native classes take the square root of the number of positions
@@ -282,6 +280,7 @@ def _intermediate_size(native: PreTrainedConfig, family: Family, gated: bool) ->
     if not family.dinov2_names:
         return int(native.intermediate_size)
     hidden = int(native.hidden_size * native.mlp_ratio)
+    # SwiGLU has three matrices for two: two thirds of the width, rounded up to a multiple of 8, as in DINOv2
     return (int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden
 
 
@@ -301,14 +300,12 @@ def _processor(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _native_forward(
-    native: PreTrainedConfig, family: Family, classifier: str | None
-) -> Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]:
+def _native_forward(native: PreTrainedConfig, family: Family, classifier: str | None) -> Reference:
     """The native class on the same tensors, with nothing masked."""
     name = family.base if classifier is None else family.classifiers[classifier]
     config = deepcopy(native)
     if hasattr(config, "mask_ratio"):
-        config.mask_ratio = 0.0
+        config.mask_ratio = 0.0  # else three quarters of the patches are left out, at random
 
     def forward(tensors: Mapping[str, torch.Tensor], pixel_values: torch.Tensor) -> torch.Tensor:
         model = getattr(transformers, name).from_pretrained(
@@ -331,7 +328,8 @@ def _native_forward(
 RECIPE = Recipe(
     title="transformers",
     url="https://github.com/huggingface/transformers",
-    citation="",
+    signs=(Sign("config.json with a model_type of a plain ViT", lambda e: e.model_type in FAMILIES),),
     read=read_transformers,
     plan=plan_transformers,
+    relatives=("segformer",),
 )

@@ -67,6 +67,7 @@ def _mask_decoder(tensors: Tensors, patches: Tensor) -> Tensor:
     """Scores (batch_size, height * width, num_labels): cosines of patch and class tokens, normalised over classes."""
     class_tokens = tensors["decoder.cls_emb"].expand(len(patches), -1, -1)
     tokens = torch.cat([_linear(tensors, "decoder.proj_dec", patches), class_tokens], dim=1)
+    # the decoder's heads are always 64 wide, whatever the encoder has
     tokens = _blocks(tensors, "decoder", tokens, num_heads=tokens.shape[-1] // 64)
     tokens = _norm(tensors, "decoder.decoder_norm", tokens)
     patches, classes = tokens.split([patches.shape[1], class_tokens.shape[1]], dim=1)

@@ -67,6 +67,7 @@ class ViTForward:
         grid = height // patch, width // patch
         rows = table.shape[1] - grid[0] * grid[1]
         positions = self._positions(table[:, rows:], grid, (maps.shape[-2], maps.shape[-1]))
+        # tokens without a position of their own (registers, or all with no_embed_class) get zeros
         leading = pad(table[:, :rows], (0, 0, 0, num_prefix - rows))
         return torch.cat([*first, patches], dim=1) + torch.cat([leading, positions], dim=1), num_prefix
 
@@ -74,6 +75,7 @@ class ViTForward:
         if grid == trained:
             return rows
         table = rows.transpose(1, 2).unflatten(2, trained)
+        # a scale, not a size: where the table is sampled differs, which is what the originals computed with
         if self.offset:
             scale = tuple((new + self.offset) / old for new, old in zip(grid, trained, strict=True))
             table = interpolate(table, scale_factor=scale, mode="bicubic", antialias=self.antialias)
@@ -86,6 +88,7 @@ class ViTForward:
         tokens = tokens + attended * block.get("ls1.gamma", 1)
         normed = self._norm(block, "norm2", tokens)
         if "mlp.w12.weight" in block:
+            # SwiGLU: the first half of the rows is the gate
             gate, value = _linear(block, "mlp.w12", normed).chunk(2, dim=-1)
             return tokens + _linear(block, "mlp.w3", silu(gate) * value) * block.get("ls2.gamma", 1)
         return tokens + _linear(block, "mlp.fc2", gelu(_linear(block, "mlp.fc1", normed))) * block.get("ls2.gamma", 1)
