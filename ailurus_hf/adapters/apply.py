@@ -6,35 +6,19 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..modeling.settings import make_settings
+from ..modeling.settings import AdaptiveResolutionMixin, make_settings, names_of, refuse_unknown
 from .controller import EncoderController, controllers_of
 from .families import FAMILIES, UNSUPPORTED, FamilySpec
 from .map_layers import MapController
 
 
-class _Kept:
-    """Default of a setting that is not given: as `model.config.ailurus` says, else the general default."""
-
-    def __repr__(self) -> str:
-        return "<kept>"
-
-
-_KEPT: Any = _Kept()
-
-
 def apply_ailurus(
     model: nn.Module,
-    cluster_layer: int = _KEPT,
-    keep_ratio: float = _KEPT,
-    num_clusters: int | None = _KEPT,
-    num_neighbors: int = _KEPT,
-    neighborhood_size: int = _KEPT,
-    spatial_alpha: float = _KEPT,
-    unfold: str = _KEPT,
-    tail_layers: int = _KEPT,
+    cluster_layer: int | None = None,
+    keep_ratio: float | None = None,
     *,
-    grouping: str = _KEPT,
     family: str | FamilySpec | None = None,
+    **settings: Any,
 ) -> nn.Module:
     """Make every known vision encoder in a transformers model run its later layers on fewer tokens.
 
@@ -51,37 +35,23 @@ def apply_ailurus(
         cluster_layer: number of layers that run on all tokens before the tokens are grouped; 2 by default.
         keep_ratio: share of patch tokens kept, above 0 and at most 1; at 1 nothing is merged; 0.5 by default. Given
             without `num_clusters`, it clears a stored count, which would win over it.
-        num_clusters: exact number of tokens kept; None by default.
-        num_neighbors: how many nearest neighbours make a token's density; 1 by default.
-        neighborhood_size: how many grid positions around a token count as its neighbourhood; 50 by default.
-        spatial_alpha: weight of the feature distance alone, between 0 and 1; 0.9 by default.
-        unfold: how the grid comes back, "residual" (default) or "copy".
-        tail_layers: number of last layers that run on all tokens again; 0 by default.
-        grouping: which method groups the tokens, "density_peaks" (default), "grid", or one that `register_grouping`
-            added.
         family: name of a family, where only its encoders are to be adapted, or a `FamilySpec`, the row of an encoder
             that the table lacks.
+        settings: the other settings, `grouping`, `num_clusters` and so on, with the defaults of `AiluRusConfig`.
 
     Returns:
         The model that was given.
 
     Raises:
-        TypeError: the model has no transformers configuration, or `family` is of another type.
+        TypeError: the model has no transformers configuration, `family` is of another type, or there is no such
+            setting.
         ValueError: it holds no vision encoder, or none of a family in the table; or a setting is out of range; or its
             encoders keep different settings.
     """
     config = _config_of(model)
-    given = {
-        "grouping": grouping,
-        "cluster_layer": cluster_layer,
-        "keep_ratio": keep_ratio,
-        "num_clusters": num_clusters,
-        "num_neighbors": num_neighbors,
-        "neighborhood_size": neighborhood_size,
-        "spatial_alpha": spatial_alpha,
-        "unfold": unfold,
-        "tail_layers": tail_layers,
-    }
+    refuse_unknown("apply_ailurus", settings, names_of(AdaptiveResolutionMixin()))
+    named = {"cluster_layer": cluster_layer, "keep_ratio": keep_ratio}
+    given = settings | {name: value for name, value in named.items() if value is not None}
     known = controllers_of(model)
     adapted = {id(controller.owner) for controller in known}
     fresh = [
@@ -91,7 +61,10 @@ def apply_ailurus(
     ]
     if not known and not fresh:
         raise ValueError(_nothing_found(model, family))
-    settings = asdict(make_settings(_with_stored(_stored(config, [*known, *fresh]), given)))
+    stored = _stored(config, [*known, *fresh])
+    if "keep_ratio" in given:
+        stored.pop("num_clusters", None)
+    settings = asdict(make_settings(stored | given))
     for controller in [*known, *fresh]:
         controller.segments(make_settings(settings))  # raises before anything is changed
     _forget_settings(model)
@@ -149,14 +122,6 @@ def _stored(config: Any, controllers: list[EncoderController]) -> dict[str, Any]
             "each encoder instead, or remove_ailurus(model) first"
         )
     return dict(found[0]) if found else {}
-
-
-def _with_stored(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The settings that were given, and the stored ones in place of those that were not."""
-    given = {name: value for name, value in given.items() if value is not _KEPT}
-    if "keep_ratio" in given:
-        stored.pop("num_clusters", None)
-    return stored | given
 
 
 def _forget_settings(model: nn.Module) -> None:

@@ -1,8 +1,7 @@
 """Transformer layers of the AiluRus models: size-weighted attention, MLP, LayerScale, stochastic depth."""
 
-import difflib
-import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import TransformersKwargs
 
 from .configuration_ailurus import AiluRusConfig
+from .settings import names_of, refuse_unknown
 from .size_weighted_attention import size_weighted_attention
 
 
@@ -31,22 +31,68 @@ class LayerShape(NamedTuple):
     use_qk_norm: bool = False
 
 
-_KEYWORDS = frozenset(TransformersKwargs.__annotations__)
+_KEYWORDS = tuple(TransformersKwargs.__annotations__)
 
 
-def check_keywords(model: nn.Module, keywords: Mapping[str, Any]) -> None:
-    """Refuse keyword arguments that neither the model nor transformers knows: a misspelt one would do nothing.
+def settings_of_call(model: Any, keywords: Mapping[str, Any]) -> Any:
+    """The settings of a forward with these keyword arguments; any setting may be among them, for this call.
 
-    Those that are None say nothing, and wrappers such as PEFT's pass some.
+    What transformers passes to any model is ignored, and so is what is None, since wrappers such as PEFT's pass such.
 
     Raises:
-        TypeError: there is one.
+        TypeError: a keyword is no setting and unknown to transformers: a misspelt one would do nothing.
+        ValueError: a setting is out of range or of the wrong type.
     """
-    for name, value in keywords.items():
-        if value is not None and name not in _KEYWORDS:
-            close = difflib.get_close_matches(name, inspect.signature(type(model).forward).parameters, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise TypeError(f"{type(model).__name__} got an unexpected keyword argument {name!r}{hint}")
+    given = [name for name, value in keywords.items() if value is not None]
+    refuse_unknown(type(model).__name__, given, (*names_of(model.config), *_KEYWORDS))
+    return model.config.current(keywords)
+
+
+def wanted_states(config: Any, requested: bool | int | list[int] | None, count: int) -> set[int]:
+    """Which of `count` hidden states to return, from a flag, an index or a list of indices (negative from the end)."""
+    if requested is None:
+        requested = config.output_hidden_states
+    if isinstance(requested, bool):
+        return set(range(count)) if requested else set()
+    indices = [requested] if isinstance(requested, int) else requested
+    return {index % count for index in indices if -count <= index < count}
+
+
+def wants_attentions(config: Any, requested: bool | None) -> bool:
+    """Whether to return attention weights.
+
+    Raises:
+        ValueError: they are wanted, and the attention implementation has none.
+    """
+    requested = config.output_attentions if requested is None else requested
+    if requested and config._attn_implementation != "eager":
+        raise ValueError(
+            "output_attentions=True needs attn_implementation='eager', got "
+            f"{config._attn_implementation!r}; call model.set_attn_implementation('eager') first"
+        )
+    return bool(requested)
+
+
+def check_pixels(pixel_values: Tensor, num_channels: int) -> None:
+    """Raise ValueError for pixels that are not (batch_size, num_channels, height, width)."""
+    if pixel_values.ndim != 4:
+        raise ValueError(
+            "pixel_values must be (batch_size, num_channels, height, width), got shape "
+            f"{tuple(pixel_values.shape)}; add the batch dimension with pixel_values[None]"
+        )
+    if pixel_values.shape[1] != num_channels:
+        raise ValueError(
+            f"pixel_values must have num_channels={num_channels} channels, got {pixel_values.shape[1]} "
+            f"in shape {tuple(pixel_values.shape)}"
+        )
+
+
+@dataclass
+class GroupingOutput:
+    """What every output has beside transformers' own fields; see the encoders' outputs."""
+
+    assignment: Any = None
+    group_sizes: Any = None
 
 
 def eager_attention_forward(

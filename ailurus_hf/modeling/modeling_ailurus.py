@@ -6,7 +6,7 @@ grouping, merging and unfolding are is in `reduction.py`.
 """
 
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +20,26 @@ from transformers.modeling_outputs import (
     SemanticSegmenterOutput,
 )
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_ailurus import AiluRusConfig
 from .heads_segmentation import HEADS, AiluRusMaskTransformerHead
-from .layers_ailurus import AiluRusLayer, AiluRusLayerScale, LayerShape, check_keywords
+from .layers_ailurus import (
+    AiluRusLayer,
+    AiluRusLayerScale,
+    GroupingOutput,
+    LayerShape,
+    check_pixels,
+    settings_of_call,
+    wanted_states,
+    wants_attentions,
+)
 from .reduction import Reduction, ReductionContext, build_reducer, groups_of, hints_of, merge_places, reduce_sequence
 from .settings import AdaptiveResolutionMixin
 
 
 @dataclass
-class AiluRusModelOutput(BaseModelOutputWithPooling):
+class AiluRusModelOutput(GroupingOutput, BaseModelOutputWithPooling):
     """Output of `AiluRusModel`.
 
     Args:
@@ -45,32 +53,20 @@ class AiluRusModelOutput(BaseModelOutputWithPooling):
         group_sizes: (batch_size, M) int64, number of tokens in each cluster.
     """
 
-    assignment: Tensor | None = None
-    group_sizes: Tensor | None = None
-
 
 @dataclass
-class AiluRusBackboneOutput(BackboneOutput):
+class AiluRusBackboneOutput(GroupingOutput, BackboneOutput):
     """Feature maps on the full grid; grouping as in `AiluRusModelOutput`."""
 
-    assignment: Tensor | None = None
-    group_sizes: Tensor | None = None
-
 
 @dataclass
-class AiluRusSemanticSegmenterOutput(SemanticSegmenterOutput):
+class AiluRusSemanticSegmenterOutput(GroupingOutput, SemanticSegmenterOutput):
     """`logits` (batch_size, num_labels, height, width) at the input's size; grouping as in `AiluRusModelOutput`."""
 
-    assignment: Tensor | None = None
-    group_sizes: Tensor | None = None
-
 
 @dataclass
-class AiluRusImageClassifierOutput(ImageClassifierOutput):
+class AiluRusImageClassifierOutput(GroupingOutput, ImageClassifierOutput):
     """`logits` (batch_size, num_labels); grouping as in `AiluRusModelOutput`."""
-
-    assignment: Tensor | None = None
-    group_sizes: Tensor | None = None
 
 
 class AiluRusPatchEmbeddings(nn.Module):
@@ -92,16 +88,7 @@ class AiluRusPatchEmbeddings(nn.Module):
         return patches.flatten(2).transpose(1, 2)
 
     def _check(self, pixel_values: Tensor) -> None:
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                "pixel_values must be (batch_size, num_channels, height, width), got shape "
-                f"{tuple(pixel_values.shape)}; add the batch dimension with pixel_values[None]"
-            )
-        if pixel_values.shape[1] != self.num_channels:
-            raise ValueError(
-                f"pixel_values must have num_channels={self.num_channels} channels, got {pixel_values.shape[1]} "
-                f"in shape {tuple(pixel_values.shape)}"
-            )
+        check_pixels(pixel_values, self.num_channels)
         if min(pixel_values.shape[-2:]) < self.patch_size:
             raise ValueError(
                 f"pixel_values must be at least one patch of {self.patch_size} x {self.patch_size} pixels, got height "
@@ -211,9 +198,7 @@ class AiluRusModel(AiluRusPreTrainedModel):
         pixel_values: Tensor,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
-        keep_ratio: float | None = None,
-        num_clusters: int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> AiluRusModelOutput:
         """Run the encoder.
 
@@ -221,14 +206,13 @@ class AiluRusModel(AiluRusPreTrainedModel):
             pixel_values: (batch_size, num_channels, height, width), any height and width of at least one patch.
             output_hidden_states: True for all, or the indices of those wanted (the others are None).
             output_attentions: whether to return attention weights; needs `attn_implementation="eager"`.
-            keep_ratio, num_clusters: the budget of this call in place of the configuration's.
-            kwargs: what transformers passes to any model; ignored.
+            kwargs: settings of adaptive resolution for this call, such as `keep_ratio` and `num_clusters`, see
+                `AdaptiveResolutionMixin`; and what transformers passes to any model.
 
         Raises:
             TypeError: a keyword that neither the model nor transformers knows.
         """
-        check_keywords(self, kwargs)
-        settings = self.config.current(keep_ratio=keep_ratio, num_clusters=num_clusters)
+        settings = settings_of_call(self, kwargs)
         grid = self.config.patch_grid(*pixel_values.shape[-2:])
         output = self._run_layers(
             self.embeddings(pixel_values), grid, settings, output_hidden_states, output_attentions
@@ -245,13 +229,8 @@ class AiluRusModel(AiluRusPreTrainedModel):
         output_hidden_states: bool | int | list[int] | None,
         output_attentions: bool | None,
     ) -> AiluRusModelOutput:
-        wanted = _wanted_hidden_states(self.config, output_hidden_states)
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError(
-                "output_attentions=True needs attn_implementation='eager', got "
-                f"{self.config._attn_implementation!r}; call model.set_attn_implementation('eager') first"
-            )
+        wanted = wanted_states(self.config, output_hidden_states, len(self.layers) + 1)
+        output_attentions = wants_attentions(self.config, output_attentions)
         all_hidden_states: tuple[Tensor | None, ...] = (hidden_states if 0 in wanted else None,)
         all_attentions: tuple[Tensor | None, ...] = ()
         merged_layers = settings.merged_layers(len(self.layers))
@@ -337,17 +316,6 @@ def _encoder_shape(config: AiluRusConfig, index: int) -> LayerShape:
     )
 
 
-def _wanted_hidden_states(config: AiluRusConfig, requested: bool | int | list[int] | None) -> set[int]:
-    """Indices of the hidden states to return, from a flag, an index or a list of indices (negative from the end)."""
-    count = config.num_hidden_layers + 1
-    if requested is None:
-        requested = config.output_hidden_states
-    if isinstance(requested, bool):
-        return set(range(count)) if requested else set()
-    indices = [requested] if isinstance(requested, int) else requested
-    return {index % count for index in indices if -count <= index < count}
-
-
 class AiluRusBackbone(BackboneMixin, AiluRusModel):
     """`AiluRusModel` as a backbone: feature maps on the full grid at `config.out_features`."""
 
@@ -361,16 +329,13 @@ class AiluRusBackbone(BackboneMixin, AiluRusModel):
         pixel_values: Tensor,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
-        keep_ratio: float | None = None,
-        num_clusters: int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> AiluRusBackboneOutput:
         """Arguments as in `AiluRusModel`. Feature maps are (batch_size, hidden_size, rows, columns) on the patch grid,
         or (batch_size, prefix + N, hidden_size) with `config.reshape_hidden_states=False`; the final norm is applied
         unless `config.apply_layernorm=False`."""
-        check_keywords(self, kwargs)
-        settings = self.config.current(keep_ratio=keep_ratio, num_clusters=num_clusters)
-        requested = _wanted_hidden_states(self.config, output_hidden_states)
+        settings = settings_of_call(self, kwargs)
+        requested = wanted_states(self.config, output_hidden_states, len(self.layers) + 1)
         stages = [self.stage_names.index(name) for name in self.out_features]
         grid, wanted = self.config.patch_grid(*pixel_values.shape[-2:]), sorted({*requested, *stages})
         output = self._run_layers(self.embeddings(pixel_values), grid, settings, wanted, output_attentions)
@@ -403,14 +368,7 @@ class AiluRusForSemanticSegmentation(AiluRusPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        pixel_values: Tensor,
-        labels: Tensor | None = None,
-        output_hidden_states: bool | int | list[int] | None = None,
-        output_attentions: bool | None = None,
-        keep_ratio: float | None = None,
-        num_clusters: int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any
     ) -> AiluRusSemanticSegmenterOutput:
         """Segment images.
 
@@ -418,12 +376,9 @@ class AiluRusForSemanticSegmentation(AiluRusPreTrainedModel):
             pixel_values: (batch_size, num_channels, height, width), any height and width of at least one patch.
             labels: (batch_size, height, width) int64, class of each pixel; `config.semantic_loss_ignore_index` marks
                 pixels that the loss leaves out.
-            output_hidden_states, output_attentions, keep_ratio, num_clusters, kwargs: as in `AiluRusModel`.
+            kwargs: as in `AiluRusModel`, `output_hidden_states` and `output_attentions` among them.
         """
-        check_keywords(self, kwargs)
-        output = self.ailurus(
-            pixel_values, output_hidden_states, output_attentions, keep_ratio, num_clusters, return_dict=True
-        )
+        output = self.ailurus(pixel_values, **{**kwargs, "return_dict": True})
         height, width = pixel_values.shape[-2:]
         grid = self.config.patch_grid(height, width)
         patches = output.last_hidden_state[:, self.config.num_prefix_tokens :]
@@ -465,26 +420,16 @@ class AiluRusForImageClassification(AiluRusPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        pixel_values: Tensor,
-        labels: Tensor | None = None,
-        output_hidden_states: bool | int | list[int] | None = None,
-        output_attentions: bool | None = None,
-        keep_ratio: float | None = None,
-        num_clusters: int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any
     ) -> AiluRusImageClassifierOutput:
         """Classify images.
 
         Args:
             pixel_values: (batch_size, num_channels, height, width), any height and width of at least one patch.
             labels: (batch_size,) int64, class of each image; or float, see `config.problem_type`.
-            output_hidden_states, output_attentions, keep_ratio, num_clusters, kwargs: as in `AiluRusModel`.
+            kwargs: as in `AiluRusModel`, `output_hidden_states` and `output_attentions` among them.
         """
-        check_keywords(self, kwargs)
-        output = self.ailurus(
-            pixel_values, output_hidden_states, output_attentions, keep_ratio, num_clusters, return_dict=True
-        )
+        output = self.ailurus(pixel_values, **{**kwargs, "return_dict": True})
         logits = self.classifier(output.pooler_output)
         if self.distillation_classifier is not None:
             distilled = output.last_hidden_state[:, int(self.config.use_cls_token)]

@@ -10,7 +10,7 @@ Parameters have the names of transformers' own SegFormer.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,17 +19,20 @@ from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutput, SemanticSegmenterOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_ailurus_segformer import AiluRusSegformerConfig
 from .heads_segmentation import AiluRusSegformerDecodeHead
 from .layers_ailurus import (
     AiluRusDropPath,
-    check_keywords,
+    GroupingOutput,
+    check_pixels,
     eager_attention_forward,
     map_to_tokens,
+    settings_of_call,
     tokens_to_map,
+    wanted_states,
+    wants_attentions,
 )
 from .reduction import Reduction, ReductionContext, build_reducer, groups_of, hints_of, merge_places, reduce
 from .settings import StageResolutionMixin, resolve_num_groups
@@ -40,7 +43,7 @@ OnTokens = Callable[[Tensor], Tensor]
 
 
 @dataclass
-class AiluRusSegformerModelOutput(BaseModelOutput):
+class AiluRusSegformerModelOutput(GroupingOutput, BaseModelOutput):
     """Output of `AiluRusSegformerModel`.
 
     Args:
@@ -52,25 +55,16 @@ class AiluRusSegformerModelOutput(BaseModelOutput):
         group_sizes: for every stage (batch_size, M) int64, number of tokens in each cluster.
     """
 
-    assignment: tuple[Tensor, ...] | None = None
-    group_sizes: tuple[Tensor, ...] | None = None
-
 
 @dataclass
-class AiluRusSegformerBackboneOutput(BackboneOutput):
+class AiluRusSegformerBackboneOutput(GroupingOutput, BackboneOutput):
     """Feature maps on the full grids; grouping as in `AiluRusSegformerModelOutput`."""
 
-    assignment: tuple[Tensor, ...] | None = None
-    group_sizes: tuple[Tensor, ...] | None = None
-
 
 @dataclass
-class AiluRusSegformerSegmenterOutput(SemanticSegmenterOutput):
+class AiluRusSegformerSegmenterOutput(GroupingOutput, SemanticSegmenterOutput):
     """`logits` (batch_size, num_labels, height, width) at the input's size, or a quarter of it with
     `config.upsample_logits=False`; grouping as in `AiluRusSegformerModelOutput`."""
-
-    assignment: tuple[Tensor, ...] | None = None
-    group_sizes: tuple[Tensor, ...] | None = None
 
 
 class AiluRusSegformerPatchEmbeddings(nn.Module):
@@ -352,10 +346,7 @@ class AiluRusSegformerModel(AiluRusSegformerPreTrainedModel):
         pixel_values: Tensor,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
-        keep_ratio: float | None = None,
-        num_clusters: int | None = None,
-        stage_keep_ratios: Sequence[float] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> AiluRusSegformerModelOutput:
         """Run the encoder.
 
@@ -364,16 +355,13 @@ class AiluRusSegformerModel(AiluRusSegformerPreTrainedModel):
             output_hidden_states: True for the feature maps of all stages, or the indices of those wanted (the others
                 are None).
             output_attentions: whether to return attention weights; needs `attn_implementation="eager"`.
-            keep_ratio, num_clusters, stage_keep_ratios: the budget of this call in place of the configuration's.
-            kwargs: what transformers passes to any model; ignored.
+            kwargs: settings of adaptive resolution for this call, such as `keep_ratio` and `stage_keep_ratios`, see
+                `StageResolutionMixin`; and what transformers passes to any model.
 
         Raises:
             TypeError: a keyword that neither the model nor transformers knows.
         """
-        check_keywords(self, kwargs)
-        settings = self.config.current(
-            keep_ratio=keep_ratio, num_clusters=num_clusters, stage_keep_ratios=stage_keep_ratios
-        )
+        settings = settings_of_call(self, kwargs)
         stages = self._run_stages(pixel_values, settings, output_attentions)
         return AiluRusSegformerModelOutput(
             last_hidden_state=stages[-1].feature_map, **_shared_outputs(self.config, stages, output_hidden_states)
@@ -384,12 +372,7 @@ class AiluRusSegformerModel(AiluRusSegformerPreTrainedModel):
     ) -> list[StageOutput]:
         """What every stage computes from pixels (batch_size, num_channels, height, width)."""
         self._check(pixel_values)
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError(
-                "output_attentions=True needs attn_implementation='eager', got "
-                f"{self.config._attn_implementation!r}; call model.set_attn_implementation('eager') first"
-            )
+        output_attentions = wants_attentions(self.config, output_attentions)
         outputs: list[StageOutput] = []
         feature_map = pixel_values
         for stage in self.stages:
@@ -399,16 +382,7 @@ class AiluRusSegformerModel(AiluRusSegformerPreTrainedModel):
         return outputs
 
     def _check(self, pixel_values: Tensor) -> None:
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                "pixel_values must be (batch_size, num_channels, height, width), got shape "
-                f"{tuple(pixel_values.shape)}; add the batch dimension with pixel_values[None]"
-            )
-        if pixel_values.shape[1] != self.config.num_channels:
-            raise ValueError(
-                f"pixel_values must have num_channels={self.config.num_channels} channels, got "
-                f"{pixel_values.shape[1]} in shape {tuple(pixel_values.shape)}"
-            )
+        check_pixels(pixel_values, self.config.num_channels)
         if min(pixel_values.shape[-2:]) < (least := self.config.min_image_size):
             raise ValueError(
                 f"pixel_values must be at least {least} x {least} pixels, so that every stage has a whole square of "
@@ -433,14 +407,7 @@ def _requested_maps(
     config: AiluRusSegformerConfig, feature_maps: Sequence[Tensor], requested: bool | int | list[int] | None
 ) -> tuple[Tensor | None, ...] | None:
     """The feature maps that a flag, an index or a list of indices asks for, None in the place of the others."""
-    count = len(feature_maps)
-    if requested is None:
-        requested = config.output_hidden_states
-    if isinstance(requested, bool):
-        wanted = set(range(count)) if requested else set()
-    else:
-        indices = [requested] if isinstance(requested, int) else requested
-        wanted = {index % count for index in indices if -count <= index < count}
+    wanted = wanted_states(config, requested, len(feature_maps))
     chosen = tuple(feature_map if index in wanted else None for index, feature_map in enumerate(feature_maps))
     return chosen if wanted else None
 
@@ -458,17 +425,11 @@ class AiluRusSegformerBackbone(BackboneMixin, AiluRusSegformerModel):
         pixel_values: Tensor,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
-        keep_ratio: float | None = None,
-        num_clusters: int | None = None,
-        stage_keep_ratios: Sequence[float] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> AiluRusSegformerBackboneOutput:
         """Arguments as in `AiluRusSegformerModel`. Feature maps are (batch_size, channels, rows, columns), after the
         stage's norm."""
-        check_keywords(self, kwargs)
-        settings = self.config.current(
-            keep_ratio=keep_ratio, num_clusters=num_clusters, stage_keep_ratios=stage_keep_ratios
-        )
+        settings = settings_of_call(self, kwargs)
         stages = self._run_stages(pixel_values, settings, output_attentions)
         feature_maps = tuple(stages[self.stage_names.index(name)].feature_map for name in self.out_features)
         return AiluRusSegformerBackboneOutput(
@@ -487,15 +448,7 @@ class AiluRusSegformerForSemanticSegmentation(AiluRusSegformerPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        pixel_values: Tensor,
-        labels: Tensor | None = None,
-        output_hidden_states: bool | int | list[int] | None = None,
-        output_attentions: bool | None = None,
-        keep_ratio: float | None = None,
-        num_clusters: int | None = None,
-        stage_keep_ratios: Sequence[float] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any
     ) -> AiluRusSegformerSegmenterOutput:
         """Segment images.
 
@@ -503,21 +456,17 @@ class AiluRusSegformerForSemanticSegmentation(AiluRusSegformerPreTrainedModel):
             pixel_values: (batch_size, num_channels, height, width), any sides of at least `config.min_image_size`.
             labels: (batch_size, height, width) int64, class of each pixel; `config.semantic_loss_ignore_index` is left
                 out of the loss.
-            output_hidden_states, output_attentions, keep_ratio, num_clusters, stage_keep_ratios, kwargs: as in
-                `AiluRusSegformerModel`.
+            kwargs: as in `AiluRusSegformerModel`, `output_hidden_states` and `output_attentions` among them.
         """
-        check_keywords(self, kwargs)
-        size = pixel_values.shape[-2:]
-        output = self.segformer(
-            pixel_values, True, output_attentions, keep_ratio, num_clusters, stage_keep_ratios, return_dict=True
-        )
+        size, requested = pixel_values.shape[-2:], kwargs.get("output_hidden_states")
+        output = self.segformer(pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True})
         logits = self.decode_head(list(output.hidden_states))
         if labels is not None or self.config.upsample_logits:
             upsampled = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         return AiluRusSegformerSegmenterOutput(
             loss=None if labels is None else self._loss(upsampled, labels),
             logits=upsampled if self.config.upsample_logits else logits,
-            hidden_states=_requested_maps(self.config, output.hidden_states, output_hidden_states),
+            hidden_states=_requested_maps(self.config, output.hidden_states, requested),
             attentions=output.attentions,
             assignment=output.assignment,
             group_sizes=output.group_sizes,

@@ -372,21 +372,3 @@ def hints_of(owner: object) -> dict[str, Any]:
     """The hints that the contexts around this call give for `owner`, as arguments of `ReductionContext`."""
     overrides = overrides_of(owner)
     return {name: overrides[name] for name in HINTS if overrides.get(name) is not None}
-
-
-__all__ = [
-    "GROUPINGS",
-    "Grouping",
-    "Reduction",
-    "ReductionContext",
-    "build_reducer",
-    "groups_of",
-    "hints_of",
-    "merge_places",
-    "reduce",
-    "reduce_sequence",
-    "reduce_to_groups",
-    "register_grouping",
-    "registered",
-    "restore_groups",
-]

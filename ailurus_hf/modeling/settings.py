@@ -5,9 +5,10 @@ settings of a forward: those of the configuration, under those of the contexts a
 the call.
 """
 
+import difflib
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
@@ -140,16 +141,16 @@ class AdaptiveResolutionMixin:
         """Number of groups for this many patch tokens, see `resolve_num_groups`."""
         return resolve_num_groups(num_tokens, self.keep_ratio, self.num_clusters)
 
-    def current(self, **call: Any) -> Self:
+    def current(self, call: Mapping[str, Any] = MappingProxyType({})) -> Self:
         """The settings of a forward that begins here.
 
         Args:
-            call: settings given with the call itself; None leaves one as it is.
+            call: keyword arguments of the call: settings among them hold, None leaves one as it is.
 
         Raises:
             ValueError: a setting is out of range or of the wrong type.
         """
-        given = {name: value for name, value in call.items() if value is not None}
+        given = {name: call[name] for name in names_of(self) if call.get(name) is not None}
         return with_overrides(self, combine(overrides_of(self), given))
 
     @contextmanager
@@ -234,6 +235,24 @@ _OVERRIDES: ContextVar[Mapping[int, Overrides]] = ContextVar("ailurus_overrides"
 _TRACED = threading.local()
 
 
+def _mixin_of(settings: AdaptiveResolutionMixin) -> type[AdaptiveResolutionMixin]:
+    return StageResolutionMixin if isinstance(settings, StageResolutionMixin) else AdaptiveResolutionMixin
+
+
+def names_of(settings: AdaptiveResolutionMixin) -> tuple[str, ...]:
+    """Names of the settings that a configuration, or settings by themselves, have."""
+    return _NAMES[_mixin_of(settings)]
+
+
+def refuse_unknown(caller: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise TypeError for a name among `given` that is not known: a misspelt one would do nothing."""
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{caller} got an unexpected keyword argument {name!r}{hint}")
+
+
 def overrides_of(owner: object) -> Overrides:
     """What the contexts around this call put in the place of `owner`'s settings, hints included."""
     held = getattr(_TRACED, "overrides", {}) if torch.compiler.is_compiling() else _OVERRIDES.get()
@@ -271,11 +290,10 @@ def with_overrides(settings: Settings, overrides: Overrides) -> Settings:
     changed = {name: value for name, value in overrides.items() if name not in HINTS}
     if not changed:
         return settings
-    mixin = StageResolutionMixin if isinstance(settings, StageResolutionMixin) else AdaptiveResolutionMixin
-    values = {name: getattr(settings, name) for name in _NAMES[mixin]}
+    values = {name: getattr(settings, name) for name in names_of(settings)}
     if "keep_ratio" in changed:
-        values |= dict.fromkeys(mixin.exact)
-    return make_settings({**values, **changed}, mixin)  # type: ignore[return-value]
+        values |= dict.fromkeys(settings.exact)
+    return make_settings({**values, **changed}, _mixin_of(settings))  # type: ignore[return-value]
 
 
 def make_settings(
@@ -292,18 +310,3 @@ def make_settings(
         return _CHECKED[mixin](**values)
     except (StrictDataclassError, TypeError) as error:
         raise ValueError(f"settings of adaptive resolution: {' '.join(str(error).split())}") from None
-
-
-__all__ = [
-    "HINTS",
-    "AdaptiveResolutionMixin",
-    "AdaptiveResolutionSettings",
-    "StageResolutionMixin",
-    "StageResolutionSettings",
-    "combine",
-    "make_settings",
-    "override",
-    "overrides_of",
-    "resolve_num_groups",
-    "with_overrides",
-]
