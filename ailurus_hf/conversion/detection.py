@@ -8,11 +8,11 @@ import torch
 
 from ..utils.errors import CheckpointError
 from .reading.sources import find_weights, read_json, read_tensors
-from .recipe import Evidence, Sign
+from .recipe import Evidence
 from .recipes import RECIPES
 from .unsupported import OWN_RECIPES, refuse_unsupported, unsupported_family
 
-__all__ = ["AUTO", "Evidence", "Sign", "choose_recipe", "recognise"]
+__all__ = ["AUTO", "choose_recipe", "recognise"]
 
 AUTO = "auto"
 

@@ -26,7 +26,7 @@ from ..utils.logging import quiet_transformers
 from .detection import choose_recipe
 from .reading.files import file_sha256
 from .reading.sources import weight_files
-from .recipe import Plan, Recipe, SourceCheckpoint
+from .recipe import Plan, SourceCheckpoint
 from .recipes import RECIPES
 from .report import ConversionReport, KeyRow
 from .rules import Drop, Flatten, Rename, Rule, SplitRows, Transpose, fill, match, source_of
@@ -98,9 +98,8 @@ def convert_checkpoint(
     _check_output(output, source, overwrite)
     tell(f"reading {source}")
     recipe, weights, recognised = choose_recipe(recipe, source)
-    chosen = RECIPES[recipe]
-    checkpoint = replace(chosen.read(weights), overrides=settings)
-    plan = chosen.plan(checkpoint)
+    checkpoint = replace(RECIPES[recipe].read(weights), overrides=settings)
+    plan = RECIPES[recipe].plan(checkpoint)
     tell(f"mapping {len(checkpoint.tensors)} tensors")
     skeleton = _build_skeleton(plan, settings)
     mappings = map_keys(plan.rules, checkpoint.tensors)
@@ -112,7 +111,7 @@ def convert_checkpoint(
         with atomic_directory(output, overwrite, marker="config.json") as folder, quiet_transformers():
             tell(f"writing {output}")
             _save(folder, skeleton, tensors, plan, max_shard_size)
-            _card(chosen, report, skeleton, license or plan.license or "unknown").save(folder / "README.md")
+            _card(report, skeleton, license or plan.license or "unknown").save(folder / "README.md")
             if verify and not not_finite:
                 tell("verifying: loading the result and comparing its output with the source's")
                 report = replace(report, verification=verify_checkpoint(folder, plan, checkpoint, tensors))
@@ -291,7 +290,8 @@ def _save(
     AiluRusImageProcessor(**plan.processor).save_pretrained(folder)
 
 
-def _card(recipe: Recipe, report: ConversionReport, skeleton: PreTrainedModel, license: str) -> ModelCard:
+def _card(report: ConversionReport, skeleton: PreTrainedModel, license: str) -> ModelCard:
+    recipe = RECIPES[report.recipe]
     source = CardSource(
         recipe.title, report.source.name, report.sha256, recipe.url, recipe.citation, recipe=report.recipe
     )

@@ -18,7 +18,7 @@ from ailurus_hf.conversion.reading.files import (
     state_dict_of,
     strip_common_prefix,
 )
-from ailurus_hf.conversion.reading.sources import read_tensors
+from ailurus_hf.conversion.reading.sources import find_weights, license_of, read_json, read_tensors
 from ailurus_hf.utils.errors import CheckpointError
 
 
@@ -113,7 +113,7 @@ def test_yaml_builds_plain_values_and_tuples() -> None:
         ("a: 2020-13-45", "not a readable YAML"),
         ("- 1\n- 2", "list"),
         ("", "NoneType"),
-        ("a: " + "[" * 5000, "not a readable YAML"),
+        ("a: " + "[" * 1500, "not a readable YAML"),
         ("a: '" + "x" * 1_000_001 + "'", "larger than"),
     ],
 )
@@ -122,6 +122,37 @@ def test_yaml_refusals(text: str, said: str) -> None:
     message = refused(lambda: read_yaml(Path("v.yml")))
     assert "v.yml" in message
     assert said in message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("[1]", "must hold a JSON object, got list"), ("[" * 50_000, "not a readable JSON"), ("x" * 50_000_001, "larger")],
+)
+def test_json_refusals(text: str, said: str) -> None:
+    Path("config.json").write_text(text)
+    message = refused(lambda: read_json(Path("config.json")))
+    assert "config.json" in message
+    assert said in message
+
+
+def test_a_source_that_is_neither_file_nor_folder() -> None:
+    os.mkfifo("pipe")
+    assert "neither a file nor a folder" in refused(lambda: find_weights("pipe"))
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ("---\nlicense: mit\n---\n", "mit"),
+        ("---\nlicense: [mit]\n---\n", None),
+        ("---\na: [\n---\n", None),
+        ("x", None),
+    ],
+)
+def test_licence_of_a_card(card: str, expected: str | None) -> None:
+    assert license_of(Path()) is None
+    Path("README.md").write_text(card)
+    assert license_of(Path()) == expected
 
 
 def test_yaml_that_is_not_text() -> None:

@@ -80,12 +80,7 @@ def _transformers_4_rules() -> Iterator[Rule]:
         old,
         new,
     )
-    reduction = "attention.sequence_reduction."
-    names = {
-        "attention.self.sr": f"{reduction}sequence_reduction",
-        "attention.self.layer_norm": f"{reduction}layer_norm",
-    }
-    yield from _renames(names, old, new, optional=True)
+    yield from _reduction_rules(old, new, "attention.self.sr", "attention.self.layer_norm")
     yield Rename(
         "segformer.encoder.patch_embeddings.{stage}.{rest:*}", "segformer.stages.{stage}.patch_embeddings.{rest}"
     )
@@ -157,10 +152,10 @@ def _mmseg_rules() -> Iterator[Rule]:
     yield from _renames({"decode_head.conv_seg": "decode_head.classifier"})
 
 
-def _reduction_rules(old: str, new: str) -> tuple[Rule, ...]:
+def _reduction_rules(old: str, new: str, conv: str = "attn.sr", norm: str = "attn.norm") -> tuple[Rule, ...]:
     reduction = "attention.sequence_reduction."
-    names = {"attn.sr": f"{reduction}sequence_reduction", "attn.norm": f"{reduction}layer_norm"}
-    return _renames(names, old, new, optional=True)
+    names = {conv: f"{reduction}sequence_reduction", norm: f"{reduction}layer_norm"}
+    return _renames(names, old, new, optional=True)  # stages that reduce nothing have none
 
 
 RULES: Mapping[str, tuple[Rule, ...]] = {
