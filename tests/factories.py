@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 
 from ailurus_hf import AiluRusConfig, AiluRusSegformerConfig
@@ -64,3 +65,8 @@ def _with_random_vectors(model: Any) -> Any:
 def random_images(batch_size: int = 2, height: int = 48, width: int = 48, seed: int = 0) -> torch.Tensor:
     """Normalised pixel values (batch_size, 3, height, width)."""
     return torch.randn(batch_size, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def slow(*values: Any) -> list[Any]:
+    """Parameters of a test that only `make test-slow` runs."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]

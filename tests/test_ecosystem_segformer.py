@@ -84,12 +84,16 @@ def test_exported_code_runs_without_the_package(tmp_path):
     assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoBackbone", "AutoImageProcessor",
                              "AutoModelForSemanticSegmentation"}  # fmt: skip
     assert {path.name for path in folder.glob("*.py")} == {
-        "configuration_ailurus.py",  # the eight settings
+        "configuration_ailurus.py",  # of the other heads in the same file
         "configuration_ailurus_segformer.py",
         "image_processing_ailurus.py",
         "layers_ailurus.py",
         "modeling_ailurus_segformer.py",
         "grouping_density_peaks.py",
+        "grouping_grid.py",
+        "heads_segmentation.py",
+        "reduction.py",
+        "settings.py",
         "size_weighted_attention.py",
         "token_groups.py",
     }

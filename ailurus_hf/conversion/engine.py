@@ -244,6 +244,7 @@ def _build_skeleton(plan: Plan, settings: Mapping[str, Any]) -> PreTrainedModel:
     """The model of the plan's settings and the user's, without memory for its weights."""
     config_class = plan.model_class.config_class
     known = {field.name for field in fields(config_class)} | {"id2label", "label2id", "num_labels"}
+    known |= set(getattr(config_class, "aliases", ()))
     for name in settings:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)

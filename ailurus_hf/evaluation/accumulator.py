@@ -3,8 +3,9 @@
 from abc import ABC, abstractmethod
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
+
+from ..utils.extras import needs_extra
 
 __all__ = ["Accumulator"]
 
@@ -42,4 +43,7 @@ class Accumulator(ABC):
 
         Integers are those of one process exactly; sums of errors, as `DepthErrors` keeps them, within rounding.
         """
+        with needs_extra("eval", "metrics of several processes"):
+            from accelerate.utils import gather_object
+
         self.counts = torch.stack(gather_object([self.counts])).sum(0)

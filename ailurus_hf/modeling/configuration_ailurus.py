@@ -1,9 +1,9 @@
 """Configuration of the AiluRus models."""
 
-from dataclasses import fields
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict, validated_field
+from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -42,10 +42,9 @@ class AiluRusDecodeHeadConfig(PreTrainedConfig):
 
 
 # Fields of the head by the names they had when they stood among the encoder's; checkpoints from then still have them.
-DECODER_FIELDS = {f"decoder_{field.name}": field.name for field in fields(AiluRusDecodeHeadConfig) if field.name in (
-    "type", "num_layers", "num_attention_heads", "intermediate_size", "layer_norm_eps", "dropout_prob", "hidden_size",
-    "kernel_size", "upscale",
-)}  # fmt: skip
+_OLD_NAMES = {
+    f"decoder_{name}": name for name in AiluRusDecodeHeadConfig.__annotations__ if name not in ("model_type", "config")
+}
 
 
 @strict
@@ -95,7 +94,7 @@ class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConf
         use_distillation_classifier: whether the distillation token has a classifier of its own, whose logits are
             averaged with the other's (distilled DeiT).
         decode_head: the segmentation model's head, an `AiluRusDecodeHeadConfig` or a dictionary of its fields. Its
-            fields are also taken one by one, as `decoder_type`, `decoder_num_layers` and so on.
+            fields are also known one by one, as `decoder_type`, `decoder_num_layers` and so on.
         logits_resize: where an image is no whole number of patches: "crop" resizes the logits to the padded image and
             cuts the padding off (Segmenter), "squeeze" resizes them straight to the image (mmsegmentation).
         semantic_loss_ignore_index: label value that the segmentation loss leaves out.
@@ -107,6 +106,7 @@ class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConf
     model_type = "ailurus"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["hidden_states", "attentions", "assignment", "group_sizes"]
     sub_configs: ClassVar[dict[str, Any]] = {"decode_head": AiluRusDecodeHeadConfig}
+    aliases: ClassVar[dict[str, str]] = _OLD_NAMES  # read, set and given like fields
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -150,14 +150,28 @@ class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConf
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        head = {new: kwargs.pop(old) for old, new in DECODER_FIELDS.items() if old in kwargs}
+        head = {new: kwargs.pop(old) for old, new in self.aliases.items() if old in kwargs}
         if not isinstance(self.decode_head, PreTrainedConfig):
-            self.decode_head = AiluRusDecodeHeadConfig(**{**(self.decode_head or {}), **head})
+            try:
+                self.decode_head = AiluRusDecodeHeadConfig(**{**(self.decode_head or {}), **head})
+            except StrictDataclassError as error:
+                raise StrictDataclassFieldValidationError("decode_head", error) from error
         self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
         super().__post_init__(**kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.aliases:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.decode_head, self.aliases[name])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.aliases:
+            setattr(self.decode_head, self.aliases[name], value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -215,4 +229,4 @@ class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConf
         self.merged_layers(self.num_hidden_layers)
 
 
-__all__ = ["DECODER_FIELDS", "AiluRusConfig", "AiluRusDecodeHeadConfig"]
+__all__ = ["AiluRusConfig", "AiluRusDecodeHeadConfig"]

@@ -1,6 +1,5 @@
 """Towers of two-tower models, detectors, pose, and encoders with relative bias, queries or windows."""
 
-import inspect
 from functools import partial
 
 import pytest
@@ -95,15 +94,12 @@ def beit_backbone(**settings):
     return BeitConfig(**RELATIVE, out_features=["stage1", "stage2", "stage3", "stage4"], **settings)
 
 
-def optional(name, class_name, config_name, settings, inputs=square_images, backbone=None, **kwargs):
-    """A case for a family that this version of transformers may not have."""
-    model_class = getattr(transformers, class_name, None)
-    if model_class is None:
-        return []
+def by_name(name, class_name, config_name, settings, inputs=square_images, backbone=None, **kwargs):
+    """A case of classes given by name, with a backbone of TIPS if wanted."""
     if backbone is not None:
         settings = {**settings, "backbone_config": transformers.Tipsv2VisionConfig(**backbone)}
     config = config_name if callable(config_name) else getattr(transformers, config_name)
-    return [Case(name, model_class, config, settings, inputs, **kwargs)]
+    return Case(name, getattr(transformers, class_name), config, settings, inputs, **kwargs)
 
 
 class TestTowers(FamilyTests):
@@ -142,16 +138,16 @@ class TestHeads(FamilyTests):
             num_suffix=5,
         ),
         Case("vitpose", VitPoseForPoseEstimation, vitpose, {"num_labels": 5}),
-        *optional(
+        by_name(
             "radio",
             "RadioModel",
             "RadioConfig",
             {**WITHOUT_MLP, "max_img_size": 64},
             images,
         ),
-        *optional("sapiens2", "Sapiens2Model", "Sapiens2Config", SQUARE),
-        *optional("tipsv2", "Tipsv2VisionModel", "Tipsv2VisionConfig", WITHOUT_MLP),
-        *optional(
+        by_name("sapiens2", "Sapiens2Model", "Sapiens2Config", SQUARE),
+        by_name("tipsv2", "Tipsv2VisionModel", "Tipsv2VisionConfig", WITHOUT_MLP),
+        by_name(
             "tipsv2_dpt",
             "Tipsv2DptForDepthEstimation",
             "Tipsv2DptConfig",
@@ -172,15 +168,8 @@ class TestHeads(FamilyTests):
     ]
 
 
-RADIO = getattr(transformers, "RadioModel", None)
-
-
-@pytest.mark.skipif(
-    RADIO is None or "image_grid_hw" not in inspect.signature(RADIO.forward).parameters,
-    reason="this version of transformers has no RADIO, or none that takes packed images",
-)
 def test_packed_images_are_refused():
-    model = apply_ailurus(RADIO(transformers.RadioConfig(**WITHOUT_MLP, max_img_size=64)).eval())
+    model = apply_ailurus(transformers.RadioModel(transformers.RadioConfig(**WITHOUT_MLP, max_img_size=64)).eval())
     patches, grids = torch.randn(48 + 12, 3 * 8 * 8), torch.tensor([[6, 8], [3, 4]])
     with pytest.raises(ValueError, match="packed in one sequence have no common grid"):
         model(patches, image_grid_hw=grids)
@@ -212,7 +201,7 @@ class TestRelativeBias(FamilyTests):
             {**RELATIVE, "use_relative_position_bias": True},
             square_images,
         ),
-        Case("data2vec", Data2VecVisionModel, Data2VecVisionConfig, DATA2VEC, square_images, compiled=True),
+        Case("data2vec", Data2VecVisionModel, Data2VecVisionConfig, DATA2VEC, square_images),
         Case(
             "data2vec-shared",
             Data2VecVisionModel,
@@ -288,7 +277,7 @@ class TestQueries(FamilyTests):
         Case(
             "eomt", EomtForUniversalSegmentation, EomtConfig, {**WITHOUT_MLP, **QUERIES, "mlp_ratio": 2}, square_images
         ),
-        *optional("eomt_dinov3", "EomtDinov3ForUniversalSegmentation", "EomtDinov3Config", {**SQUARE, **QUERIES}),
+        by_name("eomt_dinov3", "EomtDinov3ForUniversalSegmentation", "EomtDinov3Config", {**SQUARE, **QUERIES}),
     ]
 
     def test_layers_run_on_merged_tokens(self, case):
@@ -340,8 +329,8 @@ class TestWindows(FamilyTests):
             LW_DETR,
             square_images,
         ),
-        *optional("rf_detr", "RfDetrDinov2Backbone", "RfDetrDinov2Config", RF_DETR),
-        *optional(
+        by_name("rf_detr", "RfDetrDinov2Backbone", "RfDetrDinov2Config", RF_DETR),
+        by_name(
             "rf_detr_detector", "RfDetrForObjectDetection", partial(detector, "RfDetr", "RfDetrDinov2Config"), RF_DETR,
         ),
     ]  # fmt: skip

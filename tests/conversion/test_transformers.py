@@ -116,8 +116,6 @@ class TestParity:
             write_native(tmp_path / str(version), "dinov2 swiglu", version)
             names[version] = set(load_file(tmp_path / str(version) / "model.safetensors"))
         assert "encoder.layer.0.mlp.weights_in.weight" in names[4]
-        if names[4] == names[5]:
-            pytest.skip(f"transformers {transformers.__version__} still names DINOv2's tensors as 4.x does")
         assert "encoder.layer.0.mlp.gate_proj.weight" in names[5]
 
     def test_half_precision(self, tmp_path: Path) -> None:

@@ -1,5 +1,9 @@
+import copy
+import json
 import math
+import pickle
 import re
+from dataclasses import fields
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
@@ -38,7 +42,7 @@ BAD_SETTINGS = [
 @pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS, ids=lambda value: str(value))
 def test_refuses_bad_values_at_construction_and_assignment(settings, message):
     [(name, value)] = settings.items()
-    expected = rf"(?s)'{name}'.*{re.escape(message)}"
+    expected = rf"(?s)'{name.removeprefix('decoder_')}'.*{re.escape(message)}"
     with pytest.raises(StrictDataclassError, match=expected):
         tiny_config(**settings)
     with pytest.raises(StrictDataclassError, match=expected):
@@ -86,7 +90,7 @@ def test_the_settings_and_their_defaults():
         "grouping": "density_peaks", "cluster_layer": 2, "keep_ratio": 0.5, "num_clusters": None, "num_neighbors": 1,
         "neighborhood_size": 50, "spatial_alpha": 0.9, "unfold": "residual", "tail_layers": 0,
     }  # fmt: skip
-    assert list(AdaptiveResolutionMixin.__dataclass_fields__) == list(defaults)
+    assert [field.name for field in fields(AdaptiveResolutionMixin)] == list(defaults)
     config = AiluRusConfig()
     assert {name: getattr(config, name) for name in defaults} == defaults
 
@@ -94,3 +98,31 @@ def test_the_settings_and_their_defaults():
 @pytest.mark.parametrize(("size", "grid"), [((48, 48), (6, 6)), ((49, 8), (7, 1)), ((1, 17), (1, 3))])
 def test_patch_grid_covers_the_image(size, grid):
     assert tiny_config().patch_grid(*size) == grid
+
+
+def test_the_head_is_a_configuration_of_its_own(tmp_path):
+    config = tiny_config(decode_head={"type": "mask_transformer", "num_layers": 3})
+    config.save_pretrained(tmp_path)
+    loaded = AiluRusConfig.from_pretrained(tmp_path)
+    assert (loaded.decode_head.type, loaded.decode_head.num_layers) == ("mask_transformer", 3)
+    loaded.decode_head.num_layers = 1
+    assert config.decode_head.num_layers == 3
+    with pytest.raises(StrictDataclassError, match="must be odd"):
+        loaded.decode_head.kernel_size = 2
+
+
+def test_fields_of_the_head_have_their_old_names(tmp_path):
+    """Checkpoints from when they stood among the encoder's fields load, and code that names them works."""
+    old = {"model_type": "ailurus", "decoder_type": "mask_transformer", "decoder_dropout_prob": 0.0}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    config = AiluRusConfig.from_pretrained(tmp_path, decoder_num_layers=1)
+    assert (config.decode_head.type, config.decode_head.dropout_prob, config.decode_head.num_layers) == (
+        "mask_transformer", 0.0, 1,
+    )  # fmt: skip
+    config.decoder_upscale = 4
+    assert config.decode_head.upscale == config.decoder_upscale == 4
+    assert not any(name.startswith("decoder_") for name in config.to_dict())
+    with pytest.raises(AttributeError, match="has no attribute 'decoder_width'"):
+        config.decoder_width  # noqa: B018
+    for twin in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert twin.to_dict() == config.to_dict()

@@ -1,4 +1,5 @@
 import json
+from dataclasses import fields
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
@@ -9,7 +10,7 @@ from tests.factories import tiny_segformer_config
 
 
 def test_the_method_is_set_by_the_same_fields():
-    names = set(AdaptiveResolutionMixin.__dataclass_fields__)
+    names = {field.name for field in fields(AdaptiveResolutionMixin)}
     plain, segformer = AiluRusConfig(), AiluRusSegformerConfig()
     assert {name: getattr(plain, name) for name in names} == {name: getattr(segformer, name) for name in names}
 

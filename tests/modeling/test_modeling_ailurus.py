@@ -15,7 +15,7 @@ from ailurus_hf import (
 )
 from ailurus_hf.modeling import reduction
 from ailurus_hf.modeling.layers_ailurus import AiluRusDropPath
-from tests.factories import random_images, tiny_config, tiny_model
+from tests.factories import random_images, slow, tiny_config, tiny_model
 from tests.reference import merging as reference
 
 ALL_CLASSES = [AiluRusModel, AiluRusBackbone, AiluRusForSemanticSegmentation, AiluRusForImageClassification]
@@ -99,7 +99,7 @@ def test_as_many_clusters_as_tokens_is_bit_identical_to_keeping_all(model_class,
 
 
 @pytest.mark.parametrize("variant", ["plain", "registers", "copy", "tail", "no class token"])
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", *slow("flex_attention")])
 def test_merging_equal_tokens_changes_nothing(variant, implementation):
     """Sizes weigh the attention exactly: an image of 5 flat regions needs only 5 tokens."""
     settings = {"cluster_layer": 0, "num_clusters": 5, "neighborhood_size": 150}  # every token sees all others
@@ -168,8 +168,10 @@ def test_two_runs_give_the_same_bits():
     assert torch.equal(model(images).logits, model(images).logits)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
-@pytest.mark.parametrize("variant", ["plain", "registers", "mask transformer"])
+@pytest.mark.parametrize(
+    ("implementation", "variant"),
+    [("sdpa", "plain"), ("sdpa", "registers"), ("sdpa", "mask transformer"), ("flex_attention", "registers")],
+)
 def test_attention_implementations_agree(implementation, variant):
     model = tiny_model(AiluRusForSemanticSegmentation, keep_ratio=0.3, **VARIANTS[variant])
     model.set_attn_implementation("eager")
@@ -288,14 +290,6 @@ def test_backbone_maps_are_full_grids_of_the_models_hidden_states(reshape):
 # ------------------------------------------------------------------------------------------------- training and systems
 
 
-def enable_gradient_checkpointing(model, **kwargs):
-    """Under its new name where there is one: the old one, the only one in transformers 5.17, is deprecated in 5.23."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients_grad(reentrant):
     settings = {"decoder_type": "mask_transformer", "decoder_dropout_prob": 0.0}
@@ -303,7 +297,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_grad(reentrant):
     def gradients(checkpointing):
         model = tiny_model(AiluRusForSemanticSegmentation, keep_ratio=0.3, **settings).train()
         if checkpointing:
-            enable_gradient_checkpointing(model, use_reentrant=reentrant)
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
             model.enable_input_require_grads()
         images = random_images().requires_grad_()
         model(images, labels=torch.zeros(2, 48, 48, dtype=torch.int64)).loss.backward()
@@ -440,7 +434,7 @@ def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
     assert torch.equal(drop.eval()(branch), branch)
 
 
-@pytest.mark.parametrize("variant", ["plain", "tail", "mask transformer", "progressive upsampling"])
+@pytest.mark.parametrize("variant", ["plain", *slow("tail", "mask transformer", "progressive upsampling")])
 def test_compiles_into_one_graph_for_every_batch_size(variant):
     torch.compiler.reset()  # the limit of compilations counts those of earlier tests
     model = tiny_model(AiluRusForSemanticSegmentation, keep_ratio=0.2, **VARIANTS[variant])

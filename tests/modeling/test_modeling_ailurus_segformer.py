@@ -10,8 +10,8 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 from ailurus_hf import AiluRusSegformerBackbone, AiluRusSegformerForSemanticSegmentation, AiluRusSegformerModel
 from ailurus_hf.modeling import reduction
 from ailurus_hf.modeling.token_groups import group_tokens, merge_tokens, unfold_tokens
-from tests.factories import random_images, tiny_segformer
-from tests.modeling.test_modeling_ailurus import enable_gradient_checkpointing, main_output
+from tests.factories import random_images, slow, tiny_segformer
+from tests.modeling.test_modeling_ailurus import main_output
 from tests.reference import merging as reference
 
 ALL_CLASSES = [AiluRusSegformerModel, AiluRusSegformerBackbone, AiluRusSegformerForSemanticSegmentation]
@@ -366,7 +366,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_grad(reentrant):
         settings = {**ALL_STAGES, "classifier_dropout_prob": 0.0, "drop_path_rate": 0.0}
         model = tiny_segformer(AiluRusSegformerForSemanticSegmentation, **settings).train()
         if checkpointing:
-            enable_gradient_checkpointing(model, use_reentrant=reentrant)
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
         model(images().requires_grad_(), labels=labels(2, 64, 64)).loss.backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -389,7 +389,7 @@ def test_stochastic_depth_acts_in_training_only():
     assert not torch.equal(model(images()).last_hidden_state, model(images()).last_hidden_state)
 
 
-@pytest.mark.parametrize("variant", ["all stages", "tail", "conv head"])
+@pytest.mark.parametrize("variant", ["tail", *slow("all stages", "conv head")])
 def test_compiles_into_one_graph_for_every_batch_size(variant):
     model = tiny_segformer(AiluRusSegformerForSemanticSegmentation, **VARIANTS[variant])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

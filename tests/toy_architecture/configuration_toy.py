@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -15,6 +17,20 @@ class ToyConfig(PreTrainedConfig):
     keep_ratio: float | int = 0.5
     num_clusters: int | None = None
     semantic_loss_ignore_index: int = 255
+
+    def current(self) -> "ToyConfig":
+        return self
+
+    @contextmanager
+    def overridden(self, **settings: Any) -> Iterator[None]:
+        before = {name: getattr(self, name) for name in settings}
+        try:
+            for name, value in settings.items():
+                setattr(self, name, value)
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(self, name, value)
 
     @property
     def grid_size(self) -> tuple[Any, Any]:
