@@ -23,7 +23,7 @@ from ailurus_hf import apply_ailurus, remove_ailurus
 from ailurus_hf.adapters.controller import controllers_of
 from ailurus_hf.modeling.reduction import GROUPINGS, Grouping, reduce, registered
 from ailurus_hf.modeling.settings import AdaptiveResolutionSettings
-from tests.adapters.test_more_encoders import optional
+from tests.adapters.test_more_encoders import by_name
 from tests.adapters.tester import (
     Case,
     FamilyTests,
@@ -69,7 +69,7 @@ class TestMaps(FamilyTests):
     """Windows between layers with global attention: tokens are merged around or inside each of the latter."""
 
     cases = [
-        *optional(
+        by_name(
             "sam3", "Sam3ViTModel", "Sam3ViTConfig",
             {
                 "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64,

@@ -182,9 +182,7 @@ class TestKeys:
         registers = model_type == "dinov2_with_registers"
         with torch.device("meta"):
             names = list(getattr(transformers, family.base)(config).state_dict())
-        # transformers 5.17 still names DINOv2's tensors as 4.x does
-        version = 4 if any(".attention.attention." in name for name in names) else 5
-        rules = transformers_rules(family, version, "", "", registers=registers)
+        rules = transformers_rules(family, 5, "", "", registers=registers)
         check_rules_used(rules, map_keys(rules, names))
 
 
