@@ -41,8 +41,9 @@ from transformers import (
 )  # fmt: skip
 
 from ailurus_hf import apply_ailurus
-from ailurus_hf.adapters import controller, map_layers, sequence
+from ailurus_hf.adapters import controller, map_layers
 from ailurus_hf.benchmark import speed_up, time_side_by_side
+from ailurus_hf.modeling import reduction
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 TAPS = {"out_indices": [5, 12, 18, 24], "reshape_hidden_states": False}
@@ -57,10 +58,13 @@ VITDET_B = {
     "use_relative_position_embeddings": True,
 }  # fmt: skip
 # Where the time goes that merging costs: (module, name of a function).
-MERGING = {
-    False: [(controller, "merge_sequence"), (controller, "unfold_sequence")],
-    True: [(sequence, "choose_groups"), (map_layers, "merge_tokens"), (map_layers, "unfold_sequence")],
-}
+MERGING = [
+    (controller, "reduce_sequence"),
+    (map_layers, "reduce"),
+    (reduction, "merge_tokens"),
+    (reduction, "_restore_sequence"),
+    (reduction, "restore_groups"),
+]
 # Name -> model, and the height and width of its images.
 MODELS = {
     "depth_anything": (  # V2 Large
@@ -96,25 +100,27 @@ MODELS = {
 
 
 class Stopwatch:
-    """Adds up the time spent in a function or between two hooks."""
+    """Adds up the time spent in functions, those that call each other once, or between two hooks."""
 
     def __init__(self):
-        self.seconds = 0.0
+        self.seconds, self.depth = 0.0, 0
 
     def around(self, function):
-        def timed(*arguments):
-            start = time.perf_counter()
-            result = function(*arguments)
-            self.seconds += time.perf_counter() - start
+        def timed(*arguments, **keywords):
+            self.start()
+            result = function(*arguments, **keywords)
+            self.stop()
             return result
 
         return timed
 
-    def start(self, module, arguments):
-        self.seconds -= time.perf_counter()
+    def start(self, *_):
+        self.seconds -= time.perf_counter() if self.depth == 0 else 0.0
+        self.depth += 1
 
-    def stop(self, module, arguments, output):
-        self.seconds += time.perf_counter()
+    def stop(self, *_):
+        self.depth -= 1
+        self.seconds += time.perf_counter() if self.depth == 0 else 0.0
 
 
 @torch.inference_mode()
@@ -126,9 +132,7 @@ def measure(name, rounds, dtype, compiled):
     variants = {"plain": plain} | {ratio: apply_ailurus(deepcopy(plain), keep_ratio=ratio) for ratio in (0.5, 0.25)}
     adapter = controller.controllers_of(variants[0.25])[0]
     merging, encoder = Stopwatch(), Stopwatch()
-    functions = [
-        (place, function, getattr(place, function)) for place, function in MERGING[adapter.spec.map_layer is not None]
-    ]
+    functions = [(place, function, getattr(place, function)) for place, function in MERGING]
     if compiled:
         functions = []
         for model in variants.values():

@@ -17,6 +17,8 @@ from rich.table import Table
 
 from ailurus_hf import AiluRusConfig, AiluRusModel
 from ailurus_hf.benchmark import count_flops, speed_up, time_side_by_side
+from ailurus_hf.modeling.reduction import reduce_sequence
+from ailurus_hf.modeling.settings import resolve_num_groups
 
 SIZES = {  # hidden size, layers, heads
     "small": (384, 12, 6),
@@ -31,6 +33,7 @@ def main(
     image_size: Annotated[int, typer.Option(help="Side of the image in pixels.")] = 640,
     batch_size: Annotated[int, typer.Option(help="Images per forward.")] = 1,
     keep_ratio: Annotated[list[float], typer.Option(help="Budget; repeat for several.")] = [0.5, 0.25],  # noqa: B006
+    grouping: Annotated[str, typer.Option(help="density_peaks or grid.")] = "density_peaks",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Weights and images.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile(fullgraph=True) every variant.")] = False,
@@ -39,7 +42,7 @@ def main(
     hidden, layers, heads = SIZES[size]
     config = AiluRusConfig(
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * hidden,
-        image_size=image_size,
+        image_size=image_size, grouping=grouping,
     )  # fmt: skip
     model = AiluRusModel(config).eval().to(device, getattr(torch, dtype))
     images = torch.randn(batch_size, 3, image_size, image_size).to(device, model.dtype)
@@ -55,16 +58,18 @@ def main(
         hidden_states, _ = layer(hidden_states)
 
     def merge_and_unfold(ratio: float) -> None:
-        model.config.keep_ratio = ratio
-        short, merged = model.merge(hidden_states, config.grid_size)
-        model.merge.unfold(short, merged)
+        num_tokens = config.grid_size[0] * config.grid_size[1]
+        kept = resolve_num_groups(num_tokens, ratio)
+        reduction = reduce_sequence(hidden_states, config.grid_size, kept, config, num_prefix=1)
+        reduction.restore(reduction.tokens)
 
     for ratio in ratios[1:]:
         variants[f"merging {ratio:g}"] = lambda ratio=ratio: merge_and_unfold(ratio)
     seconds = time_side_by_side(variants, rounds, warmup=3)
 
     dense = seconds["1"]
-    title = f"ViT-{size}/16, {batch_size} x {image_size} x {image_size}, {dtype}, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if device.startswith("cuda") else f"{torch.get_num_threads()} threads"
+    title = f"ViT-{size}/16, {batch_size} x {image_size} x {image_size}, {dtype}, {where}"
     table = Table(title=title + (", compiled" if compile else ""), title_justify="left")
     for name in ("keep_ratio", "GFLOPs", "ratio", "ms", "speed-up (quartiles)", "cluster + merge + unfold", "of dense"):
         table.add_column(name, justify="right")

@@ -1,0 +1,56 @@
+"""The benchmark scripts run, on tiny models: what they measure there means nothing."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from transformers import SamVisionConfig, SamVisionModel, ViTConfig, ViTModel
+
+from ailurus_hf import AiluRusForSemanticSegmentation
+from tests.factories import tiny_model
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 8}
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_encoder(capsys):
+    script = load("benchmark_encoder")
+    script.SIZES["small"] = (32, 4, 4)
+    script.main(image_size=64, rounds=2, keep_ratio=[0.5], dtype="float32", device="cpu", batch_size=1, compile=False,
+                size="small", grouping="grid")  # fmt: skip
+    assert "0.5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["vit", "sam"])
+def test_adapters(name):
+    script = load("benchmark_adapters")
+    sam = SamVisionConfig(**SIZES, image_size=64, window_size=2, global_attn_indexes=[1, 3], output_channels=8)
+    models = {
+        "vit": (lambda: ViTModel(ViTConfig(**SIZES, intermediate_size=64, image_size=64)), (64, 64)),
+        "sam": (lambda: SamVisionModel(sam), (64, 64)),
+    }
+    script.MODELS[name] = models[name]
+    seconds, shares = script.measure(name, 1, script.torch.float32, False)
+    assert len(seconds[0.25]) == 1
+    assert 0 < shares[0] < 5
+    assert shares[1] < 1
+
+
+def test_segformer(capsys):
+    script = load("benchmark_segformer")
+    script.DEPTHS["b1"] = (2, 2, 2, 2)
+    script.main(size=["b1"], height=32, width=64, rounds=1, cluster_layer=1)
+    assert "transformers" in capsys.readouterr().out
+
+
+def test_training(tmp_path, capsys):
+    tiny_model(AiluRusForSemanticSegmentation).save_pretrained(tmp_path)
+    load("benchmark_training").main(str(tmp_path), 48, 48, 1, [0.5], rounds=1)
+    assert "0.5" in capsys.readouterr().out
