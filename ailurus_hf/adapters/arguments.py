@@ -51,7 +51,7 @@ class MergedArguments:
         """Prepare the layers; called on every forward, so that later changes of the model are seen."""
 
     def remove(self, layers: Iterable[nn.Module]) -> None:
-        """Undo `install`."""
+        """Undo `install`, except for hooks that are methods of this class: those are removed with the encoder's."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..modeling.reduction import Reduction, ReductionContext, hints_of, merge_places, reduce_sequence
 from ..modeling.settings import AdaptiveResolutionMixin, make_settings, overrides_of, with_overrides
+from .arguments import MergedArguments
 from .call_state import CallStates
 from .families import FamilySpec
 from .layer_call import LayerCall, positional_parameters
@@ -171,11 +172,14 @@ class EncoderController:
     def remove(self) -> None:
         """Remove the hooks, and whatever else `install` changed."""
         for module in self.owner.modules():
-            for key in [key for key, hook in _hooks(module) if _controller_of(hook) is self]:
+            for key in [key for key, hook in _hooks(module) if self._is_mine(_owner_of(hook))]:
                 for table in _HOOK_TABLES:
                     getattr(module, table).pop(key, None)
         self.spec.bias.remove(self.layers)
         self.spec.positions.remove(self.layers)
+
+    def _is_mine(self, owner: Any) -> bool:
+        return owner is self or isinstance(owner, MergedArguments)
 
     def _prepare_layers(self) -> None:
         """What later changes of the model may undo, so it is done on every forward."""
@@ -363,8 +367,8 @@ def _add_table(state: CallState, index: int, sequence: Tensor) -> Tensor:
 
 def controllers_of(model: nn.Module) -> list[EncoderController]:
     """The controllers of all adapted encoders in a model, found through their hooks."""
-    found = [_controller_of(hook) for module in model.modules() for _, hook in _hooks(module)]
-    return list(dict.fromkeys(controller for controller in found if controller is not None))
+    owners = [_owner_of(hook) for module in model.modules() for _, hook in _hooks(module)]
+    return list(dict.fromkeys(owner for owner in owners if isinstance(owner, EncoderController)))
 
 
 def _hooks(module: nn.Module) -> Iterator[tuple[int, Any]]:
@@ -372,9 +376,9 @@ def _hooks(module: nn.Module) -> Iterator[tuple[int, Any]]:
     yield from module._forward_pre_hooks.items()
 
 
-def _controller_of(hook: Any) -> EncoderController | None:
-    owner = getattr(getattr(hook, "func", hook), "__self__", None)
-    return owner if isinstance(owner, EncoderController) else None
+def _owner_of(hook: Any) -> Any:
+    """The object whose method a hook is, or None."""
+    return getattr(getattr(hook, "func", hook), "__self__", None)
 
 
 def _refuse_attentions(recorded: tuple[Any, ...]) -> None:

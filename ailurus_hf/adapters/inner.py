@@ -5,7 +5,7 @@ over again when it runs the layer a second time. A hook on the attention module 
 attention function, which runs inside that module, picks them up.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -32,18 +32,7 @@ class InnerKeyBias(KeyBias):
         layers = list(layers)
         super().install(layers)
         for layer in layers:
-            module = layer.get_submodule(self.attention)
-            if not _hooks_of(module._forward_pre_hooks):
-                module.register_forward_pre_hook(self.take, with_kwargs=True)
-
-    def remove(self, layers: Iterable[nn.Module]) -> None:
-        layers = list(layers)
-        super().remove(layers)
-        for layer in layers:
-            module = layer.get_submodule(self.attention)
-            for key in _hooks_of(module._forward_pre_hooks):
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+            _hook_once(layer.get_submodule(self.attention), self.take)
 
     def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hook before the attention module: keep the sizes for the attention function that it calls."""
@@ -137,21 +126,8 @@ class InnerRelativeBias(MergedArguments):
     def install(self, layers: Iterable[nn.Module]) -> None:
         for layer in layers:
             module = layer.get_submodule(self.attention)
-            if not _hooks_of(module._forward_pre_hooks):
-                module.register_forward_pre_hook(self.take, with_kwargs=True)
-                if getattr(module, self.table, None) is not None:
-                    module.get_submodule(self.table).register_forward_hook(self.cut)
-
-    def remove(self, layers: Iterable[nn.Module]) -> None:
-        for layer in layers:
-            module = layer.get_submodule(self.attention)
-            for key in _hooks_of(module._forward_pre_hooks):
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-            if getattr(module, self.table, None) is not None:
-                hooks = module.get_submodule(self.table)._forward_hooks
-                for key in _hooks_of(hooks):
-                    del hooks[key]
+            if _hook_once(module, self.take) and getattr(module, self.table, None) is not None:
+                module.get_submodule(self.table).register_forward_hook(self.cut)
 
     def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hook before the attention module: the sizes as the shared bias, the places for `cut`."""
@@ -170,5 +146,10 @@ class InnerRelativeBias(MergedArguments):
         return output if kept is None else rows_and_columns(output, kept)
 
 
-def _hooks_of(hooks: Mapping[int, Any]) -> list[int]:
-    return [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), MergedArguments)]
+def _hook_once(module: nn.Module, hook: Callable[..., Any]) -> bool:
+    """Register a hook before the module, unless it has one of this file; whether it had none."""
+    owners = [getattr(known, "__self__", None) for known in module._forward_pre_hooks.values()]
+    if any(isinstance(owner, MergedArguments) for owner in owners):
+        return False
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+    return True

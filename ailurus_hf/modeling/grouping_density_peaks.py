@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .token_groups import take_tokens
+
 _MAX_DISTANCE_BLOCK = 2**22  # most elements, per image, of a block of token-to-representative distances (16 MiB)
 
 
@@ -195,7 +197,7 @@ def _join_nearest_in_image(tokens: Tensor, representatives: Tensor, assignment: 
     else:
         num_lost = tokens.shape[1]
     lost = found.sort(dim=1, stable=True).indices[:, :num_lost]
-    nearest = _nearest_by_feature(_take(tokens, lost), _take(tokens, representatives))
+    nearest = _nearest_by_feature(take_tokens(tokens, lost), take_tokens(tokens, representatives))
     joined = torch.where(found.gather(1, lost), assignment.gather(1, lost), nearest)
     return assignment.scatter(1, lost, joined)
 
@@ -212,8 +214,3 @@ def _nearest_by_feature(queries: Tensor, candidates: Tensor) -> Tensor:
         for part in queries.split(block, dim=1)
     ]
     return torch.cat(nearest, dim=1)
-
-
-def _take(tokens: Tensor, index: Tensor) -> Tensor:
-    """Tokens (B, K, D) at `index` (B, K)."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))

@@ -26,20 +26,14 @@ def grid_cells(grid: tuple[int, ...], num_groups: int, device: torch.device) -> 
     """
     num_tokens = math.prod(grid)
     index = torch.arange(num_tokens, device=device)
-    group, shared = (
-        torch.zeros_like(index),
-        torch.full_like(index, num_groups),
-    )  # first group of a token's box, how many
+    # Of the box that each token is in: its first group, and how many it has.
+    group, shared = torch.zeros_like(index), torch.full_like(index, num_groups)
     is_middle = torch.ones_like(index, dtype=torch.bool)
-    fewest, most, rest = num_groups, num_groups, num_tokens
+    rest = num_tokens
     for axis, size in enumerate(grid):
+        bands = shared if axis == len(grid) - 1 else _num_bands(grid[axis:], shared)
         rest //= size
         place = index // rest % size
-        if axis == len(grid) - 1:
-            bands = shared
-        else:
-            count = _num_bands(grid[axis:], fewest, most)
-            fewest, most, bands = fewest // count, -(-most // count), torch.full_like(index, count)
         band = place * bands // size
         start, stop = -(-band * size // bands), -(-(band + 1) * size // bands)
         is_middle &= place == (start + stop - 1) // 2
@@ -49,9 +43,10 @@ def grid_cells(grid: tuple[int, ...], num_groups: int, device: torch.device) -> 
     return group, representatives
 
 
-def _num_bands(grid: tuple[int, ...], fewest: int, most: int) -> int:
-    """How many bands the first axis is cut into, for boxes that are to hold `fewest` to `most` groups: such that cells
-    come out as cubes, within what leaves every band at least one group and no more groups than tokens."""
+def _num_bands(grid: tuple[int, ...], shared: Tensor) -> Tensor:
+    """How many bands the first axis of a box is cut into that is to hold `shared` groups: such that cells come out as
+    cubes, within what leaves every band at least one group and no more groups than each of its lines has tokens."""
     size, rest = grid[0], math.prod(grid[1:])
-    side = (size * rest / most) ** (1 / len(grid))
-    return min(max(round(size / side), -(-most // rest)), fewest, size)
+    side = (size * rest / shared) ** (1 / len(grid))
+    bands = torch.maximum((size / side).round().long(), -(-shared // rest))
+    return torch.minimum(bands, shared).clamp(max=size)

@@ -1,5 +1,7 @@
 """Heads that turn tokens or feature maps into logits of classes: Segmenter's, SETR's and SegFormer's."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -7,6 +9,20 @@ from torch.nn import functional as F
 from .configuration_ailurus import AiluRusConfig
 from .configuration_ailurus_segformer import AiluRusSegformerConfig
 from .layers_ailurus import AiluRusLayer, LayerShape, map_to_tokens, tokens_to_map
+
+
+def segmentation_loss(model: Any, logits: Tensor, labels: Tensor) -> Tensor:
+    """The model's loss of logits (batch_size, num_labels, height, width) and labels (batch_size, height, width) int64,
+    without the pixels labelled `config.semantic_loss_ignore_index`.
+
+    Raises:
+        ValueError: the labels have another size.
+    """
+    expected = (logits.shape[0], *logits.shape[-2:])
+    if labels.shape != expected:
+        raise ValueError(f"labels must be (batch_size, height, width) = {expected}, got {tuple(labels.shape)}")
+    loss: Tensor = model.loss_function(logits, labels, ignore_index=model.config.semantic_loss_ignore_index)
+    return loss
 
 
 class AiluRusLinearHead(nn.Module):

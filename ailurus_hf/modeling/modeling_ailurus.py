@@ -23,7 +23,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_ailurus import AiluRusConfig
-from .heads_segmentation import HEADS, AiluRusMaskTransformerHead
+from .heads_segmentation import HEADS, AiluRusMaskTransformerHead, segmentation_loss
 from .layers_ailurus import (
     AiluRusLayer,
     AiluRusLayerScale,
@@ -389,19 +389,13 @@ class AiluRusForSemanticSegmentation(AiluRusPreTrainedModel):
             size = (grid[0] * self.config.patch_size, grid[1] * self.config.patch_size)
         logits = F.interpolate(logits, size=size, mode="bilinear")[..., :height, :width]
         return AiluRusSemanticSegmenterOutput(
-            loss=None if labels is None else self._loss(logits, labels),
+            loss=None if labels is None else segmentation_loss(self, logits, labels),
             logits=logits,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
             assignment=output.assignment,
             group_sizes=output.group_sizes,
         )
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        expected = (logits.shape[0], *logits.shape[-2:])
-        if labels.shape != expected:
-            raise ValueError(f"labels must be (batch_size, height, width) = {expected}, got {tuple(labels.shape)}")
-        return self.loss_function(logits, labels, ignore_index=self.config.semantic_loss_ignore_index)
 
 
 class AiluRusForImageClassification(AiluRusPreTrainedModel):

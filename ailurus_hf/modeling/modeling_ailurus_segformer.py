@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_ailurus_segformer import AiluRusSegformerConfig
-from .heads_segmentation import AiluRusSegformerDecodeHead
+from .heads_segmentation import AiluRusSegformerDecodeHead, segmentation_loss
 from .layers_ailurus import (
     AiluRusDropPath,
     GroupingOutput,
@@ -464,19 +464,13 @@ class AiluRusSegformerForSemanticSegmentation(AiluRusSegformerPreTrainedModel):
         if labels is not None or self.config.upsample_logits:
             upsampled = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         return AiluRusSegformerSegmenterOutput(
-            loss=None if labels is None else self._loss(upsampled, labels),
+            loss=None if labels is None else segmentation_loss(self, upsampled, labels),
             logits=upsampled if self.config.upsample_logits else logits,
             hidden_states=_requested_maps(self.config, output.hidden_states, requested),
             attentions=output.attentions,
             assignment=output.assignment,
             group_sizes=output.group_sizes,
         )
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        expected = (logits.shape[0], *logits.shape[-2:])
-        if labels.shape != expected:
-            raise ValueError(f"labels must be (batch_size, height, width) = {expected}, got {tuple(labels.shape)}")
-        return self.loss_function(logits, labels, ignore_index=self.config.semantic_loss_ignore_index)
 
 
 __all__ = [

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from .grouping_density_peaks import cluster_tokens
 from .grouping_grid import grid_cells
 from .settings import HINTS, AdaptiveResolutionMixin, overrides_of
-from .token_groups import TokenGroups, group_tokens, merge_tokens, unfold_tokens
+from .token_groups import TokenGroups, group_tokens, merge_tokens, take_tokens, unfold_tokens
 
 Grid = tuple[int, ...]
 
@@ -300,7 +300,7 @@ def reduce_sequence(
     num_patches = sequence.shape[1] - num_prefix - num_suffix
     prefix, tokens, suffix = sequence.split([num_prefix, num_patches, num_suffix], dim=1)
     if order is not None and (context is None or context.reduction is None):
-        tokens = _take(tokens, order)
+        tokens = take_tokens(tokens, order)
     inner = reduce(tokens, grid, num_groups, settings, context, method)
     if inner is None:
         return None
@@ -327,7 +327,7 @@ def _restore_sequence(
     prefix, tokens, suffix = sequence.split([num_prefix, num_tokens, num_suffix], dim=1)
     tokens = inner.restore(tokens)
     if order is not None:
-        tokens = _take(tokens, order.argsort(dim=1).to(tokens.device))
+        tokens = take_tokens(tokens, order.argsort(dim=1).to(tokens.device))
     return torch.cat([prefix, tokens, suffix], dim=1) if num_prefix or num_suffix else tokens
 
 
@@ -341,11 +341,6 @@ def _kept_in_sequence(
     prefix = torch.arange(num_prefix, device=kept.device).expand(kept.shape[0], -1)
     suffix = torch.arange(end, end + num_suffix, device=kept.device).expand(kept.shape[0], -1)
     return torch.cat([prefix, kept + num_prefix, suffix], dim=1)
-
-
-def _take(tokens: Tensor, index: Tensor) -> Tensor:
-    """Tokens (B, K, D) at `index` (B, K)."""
-    return tokens.gather(1, index[..., None].expand_as(tokens))
 
 
 def groups_of(reduction: Reduction | None, tokens: Tensor, num_prefix: int = 0) -> tuple[Tensor | None, Tensor | None]:

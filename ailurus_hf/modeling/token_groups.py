@@ -67,3 +67,8 @@ def unfold_tokens(merged: Tensor, groups: TokenGroups) -> Tensor:
     first_group = torch.arange(batch_size, device=merged.device)[:, None] * num_groups
     # A model spread over several devices may end its merged layers on another one than it began them.
     return F.embedding(groups.assignment.to(merged.device) + first_group, merged.reshape(-1, hidden_size))
+
+
+def take_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """Tokens (batch_size, N, hidden_size) at the places (batch_size, K) int64 -> (batch_size, K, hidden_size)."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))

@@ -247,7 +247,11 @@ def test_two_runs_give_the_same_bits():
 
 @pytest.mark.parametrize(
     ("implementation", "variant"),
-    [("sdpa", "all stages"), ("sdpa", "no reduction"), ("flex_attention", "all stages")],  # flex is slow on the CPU
+    [
+        ("sdpa", "all stages"),
+        ("sdpa", "no reduction"),
+        pytest.param("flex_attention", "all stages", marks=pytest.mark.slow),
+    ],
 )
 def test_attention_implementations_agree(implementation, variant):
     settings = {**VARIANTS[variant], "hidden_sizes": (16, 32, 64, 64), "num_attention_heads": (1, 2, 4, 4)}
@@ -400,6 +404,7 @@ def test_compiles_into_one_graph_for_every_batch_size(variant):
         torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_compiles_with_hidden_states_and_gradients_grad():
     model = tiny_segformer(AiluRusSegformerForSemanticSegmentation)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -129,6 +129,7 @@ def test_a_quarter_of_the_grid_is_average_pooling():
 
 
 @given(sides=st.lists(st.integers(1, 7), min_size=2, max_size=3), share=st.floats(0, 1))
+@example(sides=[2, 2, 1], share=1.0)  # boxes beside each other have one group, and two
 def test_cells_of_the_grid_are_boxes_with_their_middle(sides, share):
     grid, num_tokens = tuple(sides), math.prod(sides)
     num_groups = min(max(int(share * num_tokens), 1), num_tokens - 1)
