@@ -333,7 +333,7 @@ class TestKeys:
 
     def test_gated_mlp_and_chunks(self) -> None:
         keys = frozenset(vit_tensors("cls_token swiglu norm", prefix="backbone.", chunks=True))
-        rules = encoder_rules(TimmParts(keys, "backbone.", chunked=True), "ailurus.")
+        rules = encoder_rules(TimmParts(keys, "backbone."), "ailurus.")
         mappings = {m.source: m.targets for m in map_keys(rules, keys)}
         check_rules_used(rules, map_keys(rules, keys))
         assert mappings["backbone.blocks.1.2.mlp.w12.bias"] == (

@@ -19,7 +19,7 @@ from ..reading.files import read_yaml, state_dict_of, strip_common_prefix
 from ..reading.settings import Settings
 from ..reading.sources import find_weights, read_tensors
 from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
-from ..references.segmenter import segmenter_logits
+from ..references.segmenter import SegmenterForward
 from ..rules import PARAM, Drop, Rename, Rule, Transpose, match
 from .timm_style import block_rules, mlp_rules
 
@@ -108,13 +108,8 @@ def plan_segmenter(checkpoint: SourceCheckpoint) -> Plan:
     config |= _window_config(variant)
     _check_number_of_blocks(checkpoint, config)
     processor, notes = _processor(variant, net)
-    reference = partial(
-        segmenter_logits,
-        patch_size=config["patch_size"],
-        grid_size=tuple(side // config["patch_size"] for side in config["image_size"]),
-        num_heads=config["num_attention_heads"],
-    )
     rules = segmenter_rules(config["decoder_type"], config["use_distillation_token"])
+    reference = SegmenterForward(config)
     return Plan(config=config, rules=rules, processor=processor, reference=reference, pads_images=True, notes=notes)
 
 

@@ -18,22 +18,9 @@ from ..reading.files import strip_common_prefix
 from ..reading.settings import Settings
 from ..reading.sources import license_of, read_json, read_tensors, tensors_of
 from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
-from ..references.vit import ViTForward
-from ..rules import Rule
-from .timm_style import (
-    BARE,
-    BLOCK,
-    IN_MODEL,
-    TimmParts,
-    classifier_rules,
-    encoder_rules,
-    encoder_settings,
-    model_class,
-    position_settings,
-    rows_of,
-)
+from .timm_style import BARE, BLOCK, IN_MODEL, TimmParts, encoder_plan, encoder_settings, position_settings
 
-__all__ = ["RECIPE", "plan_timm", "read_timm", "timm_rules"]
+__all__ = ["RECIPE", "plan_timm", "read_timm"]
 
 # constructor arguments that change what the model computes, and the values of the model that can be ported
 PLAIN_ARGUMENTS: Mapping[str, tuple[Any, ...]] = {
@@ -48,6 +35,7 @@ UNPORTED_PARTS = {
     "attn_pool.latent": "attention pooling (global_pool='map')",
     "blocks.0.attn.norm.weight": "a norm inside the attention (scale_attn_norm)",
 }
+CLASSIFIERS = {"head": "classifier", "head_dist": "distillation_classifier"}
 POOLINGS = {"token": "cls", "avg": "mean"}
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # PIL's numbers
 
@@ -57,13 +45,6 @@ CITATION = """@misc{rw2019timm,
   year   = {2019},
   note   = {https://github.com/huggingface/pytorch-image-models}
 }"""
-
-
-def timm_rules(parts: TimmParts) -> tuple[Rule, ...]:
-    """The whole table: encoder, and the classifiers when there are any."""
-    names = [name for name in ("head", "head_dist") if parts.has(f"{name}.weight")]
-    rules = encoder_rules(parts, "ailurus." if names else "")
-    return (*rules, *classifier_rules(names, ["classifier", "distillation_classifier"][: len(names)]))
 
 
 def read_timm(weights: Path) -> SourceCheckpoint:
@@ -86,12 +67,11 @@ def plan_timm(checkpoint: SourceCheckpoint) -> Plan:
         CheckpointError: the tensors are not those of a plain ViT, a setting is not supported, or neither tells the
             number of heads or the grid.
     """
-    parts = TimmParts(frozenset(checkpoint.tensors))
+    parts = TimmParts(checkpoint.tensors)
     description = Settings(checkpoint.description, "config.json: ")
     arguments = description.section("model_args", default={})
     pretrained = description.section("pretrained_cfg", default={}).values or checkpoint.description
     _check_plain(checkpoint, parts, arguments.values)
-    num_labels = rows_of(checkpoint, "head.weight")
     config = encoder_settings(
         checkpoint,
         parts,
@@ -101,17 +81,14 @@ def plan_timm(checkpoint: SourceCheckpoint) -> Plan:
     )
     config |= position_settings(antialias=True)
     config["pooling"] = _pooling(checkpoint, config, arguments.values)
-    if num_labels is not None:
-        config |= {"num_labels": num_labels, "use_distillation_classifier": parts.has("head_dist.weight")}
-    classifiers = tuple(name for name in ("head", "head_dist") if parts.has(f"{name}.weight"))
-    return Plan(
-        config=config,
-        rules=timm_rules(parts),
-        processor=_processor(pretrained, classify=num_labels is not None),
-        model_class=model_class(num_labels),
-        reference=ViTForward(config, antialias=True, classifiers=classifiers),
-        output="logits" if classifiers else "last_hidden_state",
-        recorded={"logits": "logits"} if classifiers else {"tokens": "last_hidden_state", "logits": "pooler_output"},
+    classifiers = {name: target for name, target in CLASSIFIERS.items() if parts.has(f"{name}.weight")}
+    return encoder_plan(
+        checkpoint,
+        parts,
+        config,
+        classifiers=classifiers,
+        recorded=None if classifiers else {"tokens": "last_hidden_state", "logits": "pooler_output"},
+        processor=_processor(pretrained, classify=bool(classifiers)),
         license=_license(checkpoint, pretrained),
     )
 

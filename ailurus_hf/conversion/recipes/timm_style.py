@@ -5,19 +5,20 @@ The tensors tell nearly everything: sizes, which tokens there are, LayerScale, b
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ...modeling.modeling_ailurus import AiluRusForImageClassification, AiluRusModel
 from ...utils.errors import CheckpointError
 from ..reading.files import strip_common_prefix
 from ..reading.sources import read_tensors, tensors_of
-from ..recipe import Sign, SourceCheckpoint
+from ..recipe import Plan, Sign, SourceCheckpoint
+from ..references.vit import ViTForward
 from ..rules import PARAM, Rename, Rule, SplitRows, match
 
 __all__ = [
@@ -27,12 +28,11 @@ __all__ = [
     "IN_MODEL",
     "TimmParts",
     "block_rules",
-    "classifier_rules",
     "count_blocks",
+    "encoder_plan",
     "encoder_rules",
     "encoder_settings",
     "mlp_rules",
-    "model_class",
     "num_heads",
     "position_settings",
     "read_bare",
@@ -72,20 +72,21 @@ class TimmParts:
     """Which optional parts a checkpoint has, read off its tensor names.
 
     Args:
+        keys: the tensor names.
         prefix: what precedes each name of the encoder, such as "backbone." or "".
         register_name: what the register tokens are called, "reg_token" (timm) or "register_tokens" (DINOv2).
-        chunked: whether blocks are numbered twice, `blocks.<chunk>.<block>` (DINOv2 trained with FSDP).
     """
 
-    keys: frozenset[str]
+    keys: Collection[str]
     prefix: str = ""
     register_name: str = "reg_token"
-    chunked: bool = False
 
-    @property
+    @cached_property
     def block(self) -> str:
-        """The pattern of a block's names."""
-        return self.prefix + ("blocks.{chunk}.{layer}" if self.chunked else "blocks.{layer}")
+        """The pattern of a block's names, which DINOv2 trained with FSDP numbers twice: `blocks.<chunk>.<block>`."""
+        chunked = Rename(f"{self.prefix}blocks.{{chunk}}.{{layer}}.{{rest:*}}", "")
+        found = any(match(chunked, key) is not None for key in self.keys)
+        return self.prefix + ("blocks.{chunk}.{layer}" if found else "blocks.{layer}")
 
     def has(self, name: str) -> bool:
         """Whether there is a tensor of this name (without the prefix)."""
@@ -253,23 +254,53 @@ def position_settings(offset: float = 0.0, antialias: bool = False) -> dict[str,
     }
 
 
-def model_class(num_labels: int | None) -> type[PreTrainedModel]:
-    """The class of the result: with a classifier, or the bare encoder."""
-    return AiluRusModel if num_labels is None else AiluRusForImageClassification
+def encoder_plan(
+    checkpoint: SourceCheckpoint,
+    parts: TimmParts,
+    config: Mapping[str, Any],
+    *,
+    classifiers: Mapping[str, str] = {},
+    unused: tuple[Rule, ...] = (),
+    recorded: Mapping[str, str] | None = None,
+    processor: Mapping[str, Any] = IMAGENET,
+    license: str | None = None,
+) -> Plan:
+    """The plan for a bare encoder, or for one with classifiers.
+
+    Args:
+        config: fields of the model's config, except those of the classifiers.
+        classifiers: names of the classifiers that the source has -> ours.
+        unused: rules for what has no place in the model.
+        recorded, processor, license: as in `Plan`.
+    """
+    config = dict(config)
+    if classifiers:
+        config["num_labels"] = rows_of(checkpoint, f"{next(iter(classifiers))}.weight")
+        config["use_distillation_classifier"] = len(classifiers) > 1
+    heads = tuple(Rename(f"{name}.{PARAM}", f"{target}.{{param}}") for name, target in classifiers.items())
+    return Plan(
+        config=config,
+        rules=(*encoder_rules(parts, "ailurus." if classifiers else ""), *heads, *unused),
+        processor=dict(processor),
+        model_class=AiluRusForImageClassification if classifiers else AiluRusModel,
+        reference=ViTForward(config, parts.prefix, parts.register_name, tuple(classifiers)),
+        output="logits" if classifiers else "last_hidden_state",
+        recorded=recorded or {"logits": "logits"},
+        license=license,
+    )
 
 
-def rows_of(checkpoint: SourceCheckpoint, name: str) -> int | None:
-    """The number of rows of a matrix, such as a classifier's classes; `None` when there is no such tensor."""
-    return _tensor(checkpoint, name, ndim=2).shape[0] if name in checkpoint.tensors else None
+def rows_of(checkpoint: SourceCheckpoint, name: str) -> int:
+    """The number of rows of a matrix, such as a classifier's classes."""
+    return _tensor(checkpoint, name, ndim=2).shape[0]
 
 
 def _mlp_settings(checkpoint: SourceCheckpoint, parts: TimmParts) -> dict[str, Any]:
     # all blocks have the same sizes, or the check against the model names the one that has not
     first = parts.block.format(chunk=0, layer=0)
     if parts.block_has("mlp.w12.weight"):
-        rows = _tensor(checkpoint, f"{first}.mlp.w12.weight", ndim=2).shape[0]
-        return {"use_swiglu_ffn": True, "intermediate_size": rows // 2}
-    return {"intermediate_size": _tensor(checkpoint, f"{first}.mlp.fc1.weight", ndim=2).shape[0]}
+        return {"use_swiglu_ffn": True, "intermediate_size": rows_of(checkpoint, f"{first}.mlp.w12.weight") // 2}
+    return {"intermediate_size": rows_of(checkpoint, f"{first}.mlp.fc1.weight")}
 
 
 def _token_settings(checkpoint: SourceCheckpoint, parts: TimmParts) -> dict[str, Any]:
@@ -299,8 +330,3 @@ def _tensor(checkpoint: SourceCheckpoint, name: str, ndim: int) -> torch.Tensor:
     if tensor.ndim != ndim or 0 in tensor.shape:
         raise CheckpointError(f"{name} must have {ndim} axes, got shape {tuple(tensor.shape)}")
     return tensor
-
-
-def classifier_rules(names: Sequence[str], targets: Sequence[str]) -> tuple[Rule, ...]:
-    """The classifiers, named `names` in the source."""
-    return tuple(Rename(f"{name}.{PARAM}", f"{target}.{{param}}") for name, target in zip(names, targets, strict=True))

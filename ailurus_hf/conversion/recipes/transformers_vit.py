@@ -17,12 +17,13 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from ...modeling.modeling_ailurus import AiluRusForImageClassification, AiluRusModel
 from ...utils.errors import CheckpointError
 from ..reading.sources import license_of, read_json, read_tensors, tensors_of
 from ..recipe import Plan, Recipe, Reference, Sign, SourceCheckpoint
 from ..rules import PARAM, Drop, Rename, Rule, SplitRows
 from ..unsupported import refuse_unsupported
-from .timm_style import classifier_rules, model_class, position_settings, rows_of
+from .timm_style import position_settings, rows_of
 
 __all__ = ["FAMILIES", "RECIPE", "Family", "plan_transformers", "read_transformers", "transformers_rules"]
 
@@ -207,7 +208,7 @@ def plan_transformers(checkpoint: SourceCheckpoint) -> Plan:
         config=config,
         rules=rules + _classifier_rules(classifier),
         processor=_processor(checkpoint.weights_path.parent / "preprocessor_config.json"),
-        model_class=model_class(config.get("num_labels")),
+        model_class=AiluRusModel if classifier is None else AiluRusForImageClassification,
         reference=_native_forward(native, family, classifier),
         output="last_hidden_state" if classifier is None else "logits",
         resizes=height == width,  # the native classes take the square root of the number of positions
@@ -271,9 +272,10 @@ def _label_settings(
 def _classifier_rules(classifier: str | None) -> tuple[Rule, ...]:
     if classifier is None:
         return ()
+    rules: tuple[Rule, ...] = (Rename(f"{classifier}.{PARAM}", "classifier.{param}"),)
     if classifier == "cls_classifier":
-        return classifier_rules([classifier, "distillation_classifier"], ["classifier", "distillation_classifier"])
-    return classifier_rules([classifier], ["classifier"])
+        rules += (Rename(f"distillation_classifier.{PARAM}", "distillation_classifier.{param}"),)
+    return rules
 
 
 def _intermediate_size(native: PreTrainedConfig, family: Family, gated: bool) -> int:
