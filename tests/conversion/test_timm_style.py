@@ -194,7 +194,11 @@ class TestTimm:
         [
             ("cls_token norm qkv_bias", {"num_heads": None}, "add --set num_attention_heads=N"),
             ("cls_token norm qkv_bias head", {"global_pool": "map"}, "must be 'token' or 'avg', got 'map'"),
-            ("cls_token norm qkv_bias", {"act_layer": "quick_gelu"}, "act_layer must be one of"),
+            (
+                "cls_token norm qkv_bias",
+                {"act_layer": "quick_gelu"},
+                "act_layer must be None or 'gelu', got 'quick_gelu'",
+            ),
             ("cls_token norm qkv_bias", {"img_size": "64"}, "img_size must be"),
             ("cls_token norm qkv_bias", {"img_size": 64}, "wrong shape of pos_embed"),
             ("cls_token norm qkv_bias", {"no_embed_class": True}, "wrong shape of pos_embed"),

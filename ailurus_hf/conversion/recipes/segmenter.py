@@ -20,14 +20,14 @@ from ..reading.settings import Settings
 from ..reading.sources import find_weights, read_tensors
 from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
 from ..references.segmenter import SegmenterForward
-from ..rules import PARAM, Drop, Rename, Rule, Transpose, match
-from .timm_style import block_rules, mlp_rules
+from ..rules import PARAM, Drop, Rename, Rule, Transpose
+from .timm_style import IMAGENET, block_rules, count_blocks, mlp_rules
 
 __all__ = ["RECIPE", "plan_segmenter", "read_segmenter", "segmenter_rules"]
 
 NORMALIZATIONS = {
     "vit": {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
-    "deit": {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
+    "deit": IMAGENET,
 }
 DECODER_HEAD_DIM = 64
 
@@ -166,12 +166,10 @@ def _window_config(variant: Settings) -> dict[str, int]:
 def _check_number_of_blocks(checkpoint: SourceCheckpoint, config: Mapping[str, Any]) -> None:
     """Refuse an absurd number of layers before a model of that depth is built."""
     for part, layers in (("encoder", config["num_hidden_layers"]), ("decoder", config.get("decoder_num_layers", 0))):
-        norm = Rename(f"{part}.blocks.{{layer}}.{{rest:*}}", "")
-        found = [int(values["layer"]) for key in checkpoint.tensors if (values := match(norm, key)) is not None]
-        if layers > max(found, default=-1) + 1:
+        found = count_blocks(checkpoint.tensors, f"{part}.blocks.{{layer}}") if layers else 0
+        if layers > found:
             raise CheckpointError(
-                f"variant.yml gives the {part} {layers} layers, but {checkpoint.weights_path} holds blocks up to "
-                f"{part}.blocks.{max(found, default=-1)}" + ("" if found else " (none)")
+                f"variant.yml gives the {part} {layers} layers, but {checkpoint.weights_path} holds {found} of them"
             )
 
 
@@ -186,9 +184,8 @@ def _processor(variant: Settings, net: Settings) -> tuple[dict[str, Any], tuple[
     """
     dataset = variant.section("dataset_kwargs", default={})
     inference = variant.section("inference_kwargs", default={})
-    names = [section.values["normalization"] for section in (dataset, net) if "normalization" in section.values]
-    if not names or any(name not in NORMALIZATIONS for name in names):
-        raise CheckpointError(f"variant.yml: normalization must be 'vit' or 'deit', got {names or None!r}")
+    named = [section for section in (dataset, net) if "normalization" in section.values] or [net]
+    names = [section.choice("normalization", NORMALIZATIONS) for section in named]
     notes: tuple[str, ...] = ()
     if len(set(names)) > 1:
         notes = (f"dataset_kwargs and net_kwargs name different normalizations {names}; {names[0]!r} is used",)

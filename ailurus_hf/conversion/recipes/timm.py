@@ -71,7 +71,7 @@ def plan_timm(checkpoint: SourceCheckpoint) -> Plan:
     description = Settings(checkpoint.description, "config.json: ")
     arguments = description.section("model_args", default={})
     pretrained = description.section("pretrained_cfg", default={}).values or checkpoint.description
-    _check_plain(checkpoint, parts, arguments.values)
+    _check_plain(checkpoint, parts, arguments)
     config = encoder_settings(
         checkpoint,
         parts,
@@ -93,13 +93,13 @@ def plan_timm(checkpoint: SourceCheckpoint) -> Plan:
     )
 
 
-def _check_plain(checkpoint: SourceCheckpoint, parts: TimmParts, arguments: Mapping[str, Any]) -> None:
+def _check_plain(checkpoint: SourceCheckpoint, parts: TimmParts, arguments: Settings) -> None:
     for name, what in UNPORTED_PARTS.items():
         if parts.has(name):
             raise CheckpointError(f"{checkpoint.weights_path} has {what}, which cannot be ported")
     for name, values in PLAIN_ARGUMENTS.items():
-        if name in arguments and arguments[name] not in values:
-            raise CheckpointError(f"config.json: model_args.{name} must be one of {values}, got {arguments[name]!r}")
+        if name in arguments.values:
+            arguments.choice(name, values)
 
 
 def _pooling(checkpoint: SourceCheckpoint, config: Mapping[str, Any], arguments: Mapping[str, Any]) -> str | None:
@@ -121,10 +121,8 @@ def _image_size(arguments: Settings, pretrained: Mapping[str, Any]) -> list[int]
 
 def _processor(pretrained: Mapping[str, Any], classify: bool) -> dict[str, Any]:
     """Normalisation and, for classifiers, timm's evaluation: resize the shorter side, then cut out the middle."""
-    processor: dict[str, Any] = {
-        "image_mean": _numbers(pretrained, "mean"),
-        "image_std": _numbers(pretrained, "std"),
-    }
+    settings = Settings(pretrained, "config.json: ")
+    processor: dict[str, Any] = {f"image_{name}": settings.numbers(name, [0.5, 0.5, 0.5]) for name in ("mean", "std")}
     size = pretrained.get("input_size")
     if classify and isinstance(size, list) and len(size) == 3:
         # timm resizes to input / crop_pct, so that the crop cuts out that share
@@ -137,13 +135,6 @@ def _processor(pretrained: Mapping[str, Any], classify: bool) -> dict[str, Any]:
             "crop_size": {"height": size[1], "width": size[2]},
         }
     return processor
-
-
-def _numbers(pretrained: Mapping[str, Any], name: str) -> list[float]:
-    values = pretrained.get(name, [0.5, 0.5, 0.5])
-    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
-        raise CheckpointError(f"config.json: {name} must be a list of numbers, got {values!r}")
-    return [float(value) for value in values]
 
 
 def _license(checkpoint: SourceCheckpoint, pretrained: Mapping[str, Any]) -> str | None:
