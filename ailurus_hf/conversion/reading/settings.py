@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from ...utils.errors import CheckpointError
 
-__all__ = ["Settings", "label_names"]
+__all__ = ["Settings", "config_of", "label_names"]
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,8 @@ class Settings:
     def numbers(self, key: str, default: list[float] | None = None, length: int | None = None) -> list[float]:
         """A list of numbers, of this length if one is given."""
         expected = f"a list of {length} numbers" if length else "a list of numbers"
-        return list(
-            map(float, self._checked(key, default, lambda value: _is_list(value, _is_number, length), expected))
-        )
+        values = self._checked(key, default, lambda value: _is_list(value, _is_number, length), expected)
+        return [float(value) for value in values]
 
     def choice(self, key: str, allowed: Iterable[Any], default: Any = None) -> Any:
         """One of these values."""
@@ -77,6 +78,14 @@ def _is_number(value: Any) -> bool:
 
 def _is_list(value: Any, valid: Callable[[Any], bool], length: int | None = None) -> bool:
     return isinstance(value, list | tuple) and len(value) == (length or len(value)) and all(map(valid, value))
+
+
+def config_of(config_class: Any, description: Mapping[str, Any]) -> Any:
+    """The configuration of a model of transformers or of this package, from the content of its `config.json`."""
+    try:
+        return config_class.from_dict(dict(description))
+    except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"config.json is not valid: {' '.join(str(error).split())}") from error
 
 
 def label_names(names: Any, num_labels: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from ...utils.errors import CheckpointError
 from ..reading.files import strip_common_prefix
 from ..reading.settings import Settings
-from ..reading.sources import license_of, read_json, read_tensors, tensors_of
+from ..reading.sources import license_of, read_json_beside, read_tensors, tensors_of
 from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
 from .timm_style import BARE, BLOCK, IN_MODEL, TimmParts, encoder_plan, encoder_settings, position_settings
 
@@ -55,9 +55,7 @@ def read_timm(weights: Path) -> SourceCheckpoint:
     """
     content = read_tensors(weights)
     tensors = strip_common_prefix(tensors_of(content, weights, "model"))
-    config = weights.parent / "config.json"
-    description = read_json(config) if config.is_file() else {}
-    return SourceCheckpoint(weights, tensors, description)
+    return SourceCheckpoint(weights, tensors, read_json_beside(weights))
 
 
 def plan_timm(checkpoint: SourceCheckpoint) -> Plan:
@@ -149,7 +147,7 @@ RECIPE = Recipe(
     signs=(
         Sign(
             "config.json with timm's 'architecture', and tensors named blocks.0.attn.qkv.weight",
-            lambda e: e.has(BLOCK) and "architecture" in (e.config or {}),
+            lambda e: e.has(BLOCK) and "architecture" in e.config,
         ),
         IN_MODEL,
         BARE,
