@@ -20,7 +20,7 @@ from typing import Any
 
 from ...utils.errors import CheckpointError
 from ..reading.files import strip_common_prefix
-from ..reading.python_config import parse_config
+from ..reading.python_config import parse_config, python_configs
 from ..reading.settings import Settings, label_names
 from ..reading.sources import find_weights, license_of, read_tensors, tensors_of
 from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
@@ -118,15 +118,12 @@ def read_mmseg(weights: Path) -> SourceCheckpoint:
     """
     content = read_tensors(weights, objects=True)
     tensors = strip_common_prefix(tensors_of(content, weights, "state_dict"))
-    meta = content.get("meta")
-    meta = meta if isinstance(meta, Mapping) else {}
-    data = meta.get("dataset_meta")
-    labels = data if isinstance(data, Mapping) else {name.lower(): meta.get(name) for name in ("CLASSES", "PALETTE")}
-    return SourceCheckpoint(weights, tensors, {**_config(meta, weights), "labels": dict(labels)})
+    texts, labels = python_configs(content)
+    texts = {f"{weights}, {place}": text for place, text in texts.items()}
+    return SourceCheckpoint(weights, tensors, {**_config(texts, weights), "labels": labels})
 
 
-def _config(meta: Mapping[str, Any], weights: Path) -> dict[str, Any]:
-    texts = {f"{weights}, meta.{name}": meta[name] for name in ("cfg", "config") if isinstance(meta.get(name), str)}
+def _config(texts: dict[str, str], weights: Path) -> dict[str, Any]:
     beside = sorted(weights.parent.glob("*.py"))
     if len(beside) == 1:
         texts[str(beside[0])] = beside[0].read_text(encoding="utf-8", errors="replace")

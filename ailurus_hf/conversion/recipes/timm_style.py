@@ -39,7 +39,7 @@ __all__ = [
     "rows_of",
 ]
 
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+IMAGENET: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 PUBLISHED_HEADS = {
     192: 3,
     384: 6,
