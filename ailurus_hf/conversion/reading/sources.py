@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, snapshot_download
 
 from ...utils.errors import CheckpointError
 from ..unsupported import refuse_unsupported
-from .files import Refusal, read_safetensors, read_torch_file, state_dict_of
+from .files import RefusedError, read_safetensors, read_torch_file, state_dict_of
 from .unpickling import read_tensors_from_pickle
 
 __all__ = [
@@ -141,15 +141,15 @@ def read_tensors(path: Path, objects: bool = False) -> Mapping[str, Any]:
 
 def _read_pickled(path: Path, objects: bool) -> Any:
     """torch's own safe reader first; the placeholders only where it refuses objects, not where it finds damage."""
-    content = read_torch_file(path)
-    if not isinstance(content, Refusal):
-        return content
-    if not objects:
-        raise CheckpointError(content.reason)
     try:
-        return read_tensors_from_pickle(path)
-    except Exception as error:  # a damaged or hostile pickle raises whatever its bytes spell
-        raise CheckpointError(content.reason) from error
+        return read_torch_file(path)
+    except RefusedError as refusal:
+        if not objects:
+            raise
+        try:
+            return read_tensors_from_pickle(path)
+        except Exception as error:  # a damaged or hostile pickle raises whatever its bytes spell
+            raise refusal from error
 
 
 def tensors_of(content: Mapping[str, Any], path: Path, entry: str = "model") -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ import ast
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -235,13 +236,9 @@ def _sizes(rules: tuple[Rule, ...], checkpoint: SourceCheckpoint) -> dict[str, A
             f"{error}"
         ) from error
     reductions = [f"{stage(i)}blocks.0.attention.sequence_reduction.sequence_reduction.weight" for i in STAGES]
-    depths = []
-    for index in STAGES:
-        # not the largest number found: a name may claim block 10**12, and the check against the model finds gaps
-        depth = 0
-        while f"{stage(index)}blocks.{depth}.layernorm_before.weight" in shapes:
-            depth += 1
-        depths.append(depth)
+    # not the largest number found: a name may claim block 10**12, and the check against the model finds gaps
+    norms = [stage(index) + "blocks.{}.layernorm_before.weight" for index in STAGES]
+    depths = [next(depth for depth in count() if norm.format(depth) not in shapes) for norm in norms]
     return {
         "num_channels": patches[0][1],
         "depths": depths,

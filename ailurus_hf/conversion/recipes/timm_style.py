@@ -189,6 +189,8 @@ def encoder_settings(
     hidden_size, num_channels, patch_size, patch_width = patches.shape
     if patch_size != patch_width:
         raise CheckpointError(f"patches of {patch_size} x {patch_width} pixels are not supported: they must be square")
+    name = parts.prefix + parts.register_name
+    registers = _tensor(checkpoint, name, ndim=3).shape[1] if name in checkpoint.tensors else 0
     settings = {
         "hidden_size": hidden_size,
         "num_channels": num_channels,
@@ -202,7 +204,9 @@ def encoder_settings(
         "layerscale_value": 1.0 if parts.block_has("ls1.gamma") else None,
         "use_final_norm": parts.has("norm.weight"),
         "use_pooler_norm": parts.has("fc_norm.weight"),
-        **_token_settings(checkpoint, parts),
+        "use_cls_token": parts.has("cls_token"),
+        "use_distillation_token": parts.has("dist_token"),
+        "num_register_tokens": registers,
         "layer_norm_eps": 1e-6,
     }
     tokens = settings["use_cls_token"] + settings["use_distillation_token"] + settings["num_register_tokens"]
@@ -301,16 +305,6 @@ def _mlp_settings(checkpoint: SourceCheckpoint, parts: TimmParts) -> dict[str, A
     if parts.block_has("mlp.w12.weight"):
         return {"use_swiglu_ffn": True, "intermediate_size": rows_of(checkpoint, f"{first}.mlp.w12.weight") // 2}
     return {"intermediate_size": rows_of(checkpoint, f"{first}.mlp.fc1.weight")}
-
-
-def _token_settings(checkpoint: SourceCheckpoint, parts: TimmParts) -> dict[str, Any]:
-    registers = parts.has(parts.register_name)
-    name = parts.prefix + parts.register_name
-    return {
-        "use_cls_token": parts.has("cls_token"),
-        "use_distillation_token": parts.has("dist_token"),
-        "num_register_tokens": _tensor(checkpoint, name, ndim=3).shape[1] if registers else 0,
-    }
 
 
 def _square(rows: int, patch_size: int) -> int:
