@@ -223,8 +223,7 @@ def _check_against_model(
         raise CheckpointError(
             f"unexpected {_count(extra)} in the checkpoint: {_some(extra)}; its settings describe no such tensor"
         )
-    missing = [_source_name(name, rules) for name in expected if name not in tensors]
-    missing = list(dict.fromkeys(missing))
+    missing = list(dict.fromkeys(_source_name(name, rules) for name in expected if name not in tensors))
     if missing:
         raise CheckpointError(f"missing {_count(missing)} in the checkpoint: {_some(missing)}")
     for mapping in mappings:

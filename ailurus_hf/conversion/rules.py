@@ -27,6 +27,7 @@ __all__ = [
     "Transpose",
     "fill",
     "match",
+    "renames",
     "source_of",
 ]
 
@@ -89,6 +90,11 @@ class Drop:
 
 
 Rule = Rename | SplitRows | Transpose | Flatten | Drop
+
+
+def renames(layers: Mapping[str, str], source: str = "", target: str = "", optional: bool = False) -> tuple[Rule, ...]:
+    """Rules for weight and bias of layers: names of the source -> ours, and what precedes them on both sides."""
+    return tuple(Rename(f"{source}{old}.{PARAM}", f"{target}{new}.{{param}}", optional) for old, new in layers.items())
 
 
 def match(rule: Rule, key: str) -> dict[str, str] | None:

@@ -72,10 +72,8 @@ def read_torch_file(path: Path) -> Any:
                 "only tensors and plain containers are read (torch.load(weights_only=True))"
             ) from error
         if "weights only" in str(error).lower():
-            raise RefusedError(
-                f"{path} is refused: it is no PyTorch checkpoint, "
-                "or one that holds more than tensors and plain containers"
-            ) from error
+            more = "or one that holds more than tensors and plain containers"
+            raise RefusedError(f"{path} is refused: it is no PyTorch checkpoint, {more}") from error
         raise CheckpointError(f"{path} is damaged or cut short: it cannot be read as a PyTorch checkpoint") from error
 
 

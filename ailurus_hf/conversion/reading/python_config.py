@@ -6,6 +6,7 @@ before. Anything else in the file is skipped, and an assignment that needs it ha
 
 import ast
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from ...utils.errors import CheckpointError
@@ -56,10 +57,8 @@ def parse_config(text: str, name: str) -> dict[str, Any]:
         for target in statement.targets:
             if isinstance(target, ast.Name):
                 values.pop(target.id, None)  # a name assigned anew and unreadably must not keep its old value
-                try:
+                with suppress(_NotLiteral, TypeError, RecursionError):  # TypeError: a list as a key, minus of a text
                     values[target.id] = _value(statement.value, values)
-                except (_NotLiteral, TypeError, RecursionError):  # TypeError: a list as a key, minus of a text
-                    continue
     check_size(values, name)
     return values
 

@@ -154,7 +154,6 @@ def plan_mmseg(checkpoint: SourceCheckpoint) -> Plan:
         rules=mmseg_rules(config["decoder_type"], config["use_final_norm"]),
         processor=_processor(data, config),
         reference=MmsegForward(config),
-        recorded={"logits": "logits"},
         pads_images=True,
         license=license_of(checkpoint.weights_path.parent),
     )

@@ -17,6 +17,7 @@ stored with the weights (which are parsed, never run), else it is that of all pu
 import ast
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -33,7 +34,7 @@ from ..reading.python_config import python_configs
 from ..reading.settings import config_of, label_names
 from ..reading.sources import license_of, read_json_beside, read_preprocessing, read_tensors
 from ..recipe import Evidence, Plan, Recipe, Reference, Sign, SourceCheckpoint
-from ..rules import BATCH_NORM, PARAM, Drop, Flatten, Rename, Rule, SplitRows, fill, match
+from ..rules import BATCH_NORM, PARAM, Drop, Flatten, Rename, Rule, SplitRows, fill, match, renames
 from .timm_style import IMAGENET
 
 __all__ = ["ORIGINS", "RECIPE", "RULES", "plan_segformer", "read_segformer"]
@@ -67,20 +68,15 @@ BLOCK = f"{STAGE}blocks.{{block}}."
 LEVEL = "decode_head.linear_projections.{stage}."
 
 
-def _renames(pairs: Mapping[str, str], source: str = "", target: str = "", optional: bool = False) -> tuple[Rule, ...]:
-    """Rules for weight and bias of layers, by the layers' names in source and target."""
-    return tuple(Rename(f"{source}{old}.{PARAM}", f"{target}{new}.{{param}}", optional) for old, new in pairs.items())
-
-
 def _reduction_rules(source: str, target: str, conv: str = "attn.sr", norm: str = "attn.norm") -> tuple[Rule, ...]:
     reduction = "attention.sequence_reduction."
     names = {conv: f"{reduction}sequence_reduction", norm: f"{reduction}layer_norm"}
-    return _renames(names, source, target, optional=True)  # stages that reduce nothing have none
+    return renames(names, source, target, optional=True)  # stages that reduce nothing have none
 
 
 def _block_rules(source: str, target: str, names: Mapping[str, str], fused: str, parts: str) -> Iterator[Rule]:
     """The rules of a block of NVlabs or mmsegmentation, where one matrix, `fused`, holds several projections."""
-    yield from _renames({"norm1": "layernorm_before", "norm2": "layernorm_after", **names}, source, target)
+    yield from renames({"norm1": "layernorm_before", "norm2": "layernorm_after", **names}, source, target)
     yield SplitRows(f"{source}{fused}{PARAM}", tuple(f"{target}attention.{part}_proj.{{param}}" for part in parts))
     yield from _reduction_rules(source, target)
 
@@ -104,11 +100,11 @@ def _transformers_4_rules() -> Iterator[Rule]:
         "mlp.dwconv.dwconv": "mlp.dwconv.dwconv",
         "mlp.dense2": "mlp.fc2",
     }
-    yield from _renames(names, block, BLOCK)
+    yield from renames(names, block, BLOCK)
     yield from _reduction_rules(block, BLOCK, "attention.self.sr", "attention.self.layer_norm")
     yield Rename("segformer.encoder.patch_embeddings.{stage}.{rest:*}", f"{STAGE}patch_embeddings.{{rest}}")
-    yield from _renames({"segformer.encoder.layer_norm.{stage}": f"{STAGE}layer_norm"})
-    yield from _renames({"decode_head.linear_c.{stage}.proj": f"{LEVEL}proj"})
+    yield from renames({"segformer.encoder.layer_norm.{stage}": f"{STAGE}layer_norm"})
+    yield from renames({"decode_head.linear_c.{stage}.proj": f"{LEVEL}proj"})
     yield from _fusion_rules("linear_fuse", "batch_norm", "classifier")
 
 
@@ -119,7 +115,7 @@ def _nvlabs_rules() -> Iterator[Rule]:
         names = {"attn.q": "attention.q_proj", "attn.proj": "attention.o_proj"}
         names |= {"mlp.{name:fc1|dwconv.dwconv|fc2}": "mlp.{name}"}
         yield from _block_rules(block, our_block, names, "attn.kv.", "kv")
-        yield from _renames(
+        yield from renames(
             {
                 f"backbone.patch_embed{number}.proj": f"{target}patch_embeddings.proj",
                 f"backbone.patch_embed{number}.norm": f"{target}patch_embeddings.layer_norm",
@@ -139,7 +135,7 @@ def _mmseg_rules() -> Iterator[Rule]:
         yield Flatten(f"{block}ffn.layers.{number}.weight", f"{BLOCK}mlp.{name}.weight")
         yield Rename(f"{block}ffn.layers.{number}.bias", f"{BLOCK}mlp.{name}.bias")
     names = {"0.projection": "patch_embeddings.proj", "0.norm": "patch_embeddings.layer_norm", "2": "layer_norm"}
-    yield from _renames(names, stage, STAGE)
+    yield from renames(names, stage, STAGE)
     yield Flatten("decode_head.convs.{stage}.conv.weight", f"{LEVEL}proj.weight")
     yield Rename(f"decode_head.convs.{{stage}}.bn.{BATCH_NORM}", f"{LEVEL}batch_norm.{{param}}")
     yield from _fusion_rules("fusion_conv.conv", "fusion_conv.bn", "conv_seg")
@@ -278,10 +274,8 @@ def _values_in_python(text: str, name: str) -> Iterator[Any]:
             pairs = zip(node.keys, node.values, strict=True)
             values = [value for key, value in pairs if isinstance(key, ast.Constant) and key.value == name]
         for value in values:
-            try:
+            with suppress(ValueError, TypeError, SyntaxError, RecursionError):
                 yield ast.literal_eval(value)
-            except (ValueError, TypeError, SyntaxError, RecursionError):
-                continue
 
 
 def _stored_names(description: Mapping[str, Any], num_labels: int) -> Any:

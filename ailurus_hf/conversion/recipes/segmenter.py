@@ -21,7 +21,7 @@ from ..reading.sources import find_weights, read_tensors
 from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
 from ..references.segmenter import SegmenterForward
 from ..rules import PARAM, Drop, Rename, Rule, Transpose
-from .timm_style import IMAGENET, block_rules, count_blocks, mlp_rules
+from .timm_style import IMAGENET, block_rules, count_blocks
 
 __all__ = ["RECIPE", "plan_segmenter", "read_segmenter", "segmenter_rules"]
 
@@ -39,34 +39,28 @@ CITATION = """@inproceedings{strudel2021segmenter,
 }"""
 
 
-def _block_rules(source: str, target: str) -> tuple[Rule, ...]:
-    """The rules of one stack of transformer blocks, the same in encoder and mask decoder."""
-    block, layer = f"{source}.blocks.{{layer}}", f"{target}.layers.{{layer}}"
-    return (*block_rules(block, layer), *mlp_rules(block, layer))
+def _unused(name: str, what: str) -> Rule:
+    return Drop(f"encoder.{name}.{PARAM}", f"the encoder's ImageNet {what}, unused by Segmenter", optional=True)
 
 
 ENCODER_RULES: tuple[Rule, ...] = (
     Rename("encoder.cls_token", "ailurus.embeddings.cls_token"),
     Rename("encoder.pos_embed", "ailurus.embeddings.position_embeddings"),
     Rename(f"encoder.patch_embed.proj.{PARAM}", "ailurus.embeddings.patch_embeddings.projection.{param}"),
-    *_block_rules("encoder", "ailurus"),
+    *block_rules("encoder.blocks.{layer}", "ailurus.layers.{layer}"),
     Rename(f"encoder.norm.{PARAM}", "ailurus.layernorm.{param}"),
-    Drop(f"encoder.head.{PARAM}", "the encoder's ImageNet classifier, unused by Segmenter", optional=True),
+    _unused("head", "classifier"),
 )
 DISTILLED_RULES: tuple[Rule, ...] = (
     Rename("encoder.dist_token", "ailurus.embeddings.distillation_token"),
-    Drop(
-        f"encoder.head_dist.{PARAM}",
-        "the encoder's ImageNet distillation classifier, unused by Segmenter",
-        optional=True,
-    ),
+    _unused("head_dist", "distillation classifier"),
 )
 DECODER_RULES: Mapping[str, tuple[Rule, ...]] = {
     "linear": (Rename(f"decoder.head.{PARAM}", "decode_head.classifier.{param}"),),
     "mask_transformer": (
         Rename("decoder.cls_emb", "decode_head.class_tokens"),
         Rename(f"decoder.proj_dec.{PARAM}", "decode_head.projection.{param}"),
-        *_block_rules("decoder", "decode_head"),
+        *block_rules("decoder.blocks.{layer}", "decode_head.layers.{layer}"),
         Rename(f"decoder.decoder_norm.{PARAM}", "decode_head.layernorm.{param}"),
         Transpose("decoder.proj_patch", "decode_head.patch_projection.weight"),
         Transpose("decoder.proj_classes", "decode_head.class_projection.weight"),

@@ -79,6 +79,7 @@ def plan_timm(checkpoint: SourceCheckpoint) -> Plan:
     )
     config |= position_settings(antialias=True)
     config["pooling"] = _pooling(checkpoint, config, arguments.values)
+    license = pretrained.get("license")
     classifiers = {name: target for name, target in CLASSIFIERS.items() if parts.has(f"{name}.weight")}
     return encoder_plan(
         checkpoint,
@@ -87,7 +88,7 @@ def plan_timm(checkpoint: SourceCheckpoint) -> Plan:
         classifiers=classifiers,
         recorded=None if classifiers else {"tokens": "last_hidden_state", "logits": "pooler_output"},
         processor=_processor(pretrained, classify=bool(classifiers)),
-        license=_license(checkpoint, pretrained),
+        license=license if isinstance(license, str) else license_of(checkpoint.weights_path.parent),
     )
 
 
@@ -133,11 +134,6 @@ def _processor(pretrained: Mapping[str, Any], classify: bool) -> dict[str, Any]:
             "crop_size": {"height": size[1], "width": size[2]},
         }
     return processor
-
-
-def _license(checkpoint: SourceCheckpoint, pretrained: Mapping[str, Any]) -> str | None:
-    named = pretrained.get("license")
-    return named if isinstance(named, str) else license_of(checkpoint.weights_path.parent)
 
 
 RECIPE = Recipe(

@@ -21,7 +21,7 @@ from ...utils.errors import CheckpointError
 from ..reading.settings import config_of
 from ..reading.sources import license_of, read_json_beside, read_preprocessing, read_tensors, tensors_of
 from ..recipe import Plan, Recipe, Reference, Sign, SourceCheckpoint
-from ..rules import PARAM, Drop, Rename, Rule, SplitRows
+from ..rules import PARAM, Drop, Rename, Rule, SplitRows, renames
 from ..unsupported import refuse_unsupported
 from .timm_style import position_settings, rows_of
 
@@ -94,12 +94,8 @@ def transformers_rules(
     tokens += [("position_embeddings", True), ("register_tokens", registers)]
     return (
         *(Rename(f"{prefix}embeddings.{name}", f"{target}embeddings.{name}") for name, there in tokens if there),
-        Rename(
-            f"{prefix}embeddings.patch_embeddings.projection.{PARAM}",
-            f"{target}embeddings.patch_embeddings.projection.{{param}}",
-        ),
         *_layer_rules(family, version, block, layer, gated),
-        Rename(f"{prefix}layernorm.{PARAM}", f"{target}layernorm.{{param}}"),
+        *renames({name: name for name in ("embeddings.patch_embeddings.projection", "layernorm")}, prefix, target),
         Drop(f"{prefix}embeddings.mask_token", "stands for masked patches, used only in pre-training", optional=True),
         Drop(f"{prefix}pooler.dense.{PARAM}", "a projection of the class token, unused by the heads", optional=True),
         Drop("decoder.{rest:*}", "the decoder that reconstructs pixels, used only in pre-training", optional=True),
@@ -125,8 +121,7 @@ def _layer_rules(family: Family, version: int, block: str, layer: str, gated: bo
         names |= {"intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2"}
     else:
         names |= {"mlp.{name:fc1|fc2}": "mlp.{name}"}
-    renames = (Rename(f"{block}.{old}.{PARAM}", f"{layer}.{new}.{{param}}") for old, new in names.items())
-    return (*renames, *special)
+    return renames(names, f"{block}.", f"{layer}.") + special
 
 
 def read_transformers(weights: Path) -> SourceCheckpoint:
@@ -226,12 +221,10 @@ def _label_settings(
 
 
 def _classifier_rules(classifier: str | None) -> tuple[Rule, ...]:
-    if classifier is None:
-        return ()
-    rules: tuple[Rule, ...] = (Rename(f"{classifier}.{PARAM}", "classifier.{param}"),)
+    names = {} if classifier is None else {classifier: "classifier"}
     if classifier == "cls_classifier":
-        rules += (Rename(f"distillation_classifier.{PARAM}", "distillation_classifier.{param}"),)
-    return rules
+        names["distillation_classifier"] = "distillation_classifier"
+    return renames(names)
 
 
 def _intermediate_size(native: PreTrainedConfig, family: Family, gated: bool) -> int:
