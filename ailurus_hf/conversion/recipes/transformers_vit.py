@@ -149,8 +149,8 @@ def plan_transformers(checkpoint: SourceCheckpoint) -> Plan:
     """
     family = FAMILIES[checkpoint.description["model_type"]]
     native = config_of(CONFIG_MAPPING[checkpoint.description["model_type"]], checkpoint.description)
-    there = (name for name in CLASSES if f"{name}.weight" in checkpoint.tensors and family.native_class(name))
-    classifier = next(there, None)
+    known = [name for name in CLASSES if name is not None and family.native_class(name) is not None]
+    classifier = next((name for name in known if f"{name}.weight" in checkpoint.tensors), None)
     config = _settings(native, family) | _label_settings(checkpoint, native, family, classifier)
     keys = checkpoint.tensors.keys()
     base = f"{family.native_class().base_model_prefix}."
