@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..utils.errors import CheckpointError
-from .reading.sources import find_weights, read_json, read_tensors
+from .reading.sources import find_weights, read_json_beside, read_tensors
 from .recipe import Evidence
 from .recipes import RECIPES
 from .unsupported import OWN_RECIPES, refuse_unsupported, unsupported_family
@@ -78,11 +78,10 @@ def _gather(weights: Path) -> Evidence:
     content = read_tensors(weights, objects=True)
     inner = next((content[name] for name in ("state_dict", "model", "teacher") if _tensors(content.get(name))), None)
     shapes = {name.removeprefix("module."): tuple(t.shape) for name, t in _tensors(inner or content).items()}
-    config = weights.parent / "config.json"
     return Evidence(
         shapes,
         container=tuple(map(str, content)) if inner is not None else (),
-        config=read_json(config) if config.is_file() else None,
+        config=read_json_beside(weights),
     )
 
 

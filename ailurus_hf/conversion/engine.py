@@ -104,8 +104,8 @@ def convert_checkpoint(
     skeleton = _build_skeleton(plan, settings)
     mappings = map_keys(plan.rules, checkpoint.tensors)
     tensors = _convert_tensors(plan, checkpoint, mappings, skeleton, target_dtype)
-    not_finite = _not_finite(mappings, tensors)
-    report = _report(recipe, plan, checkpoint, mappings, tensors, _finite_note(not_finite))
+    not_finite = [m.source for m in mappings if not all(tensors[name].isfinite().all() for name in m.targets)]
+    report = _report(recipe, plan, checkpoint, mappings, tensors, not_finite)
     report = replace(report, output=Path(output), recognised=recognised)
     if not dry_run:
         with atomic_directory(output, overwrite, marker="config.json") as folder, quiet_transformers():
@@ -223,8 +223,7 @@ def _check_against_model(
         raise CheckpointError(
             f"unexpected {_count(extra)} in the checkpoint: {_some(extra)}; its settings describe no such tensor"
         )
-    missing = [_source_name(name, rules) for name in expected if name not in tensors]
-    missing = list(dict.fromkeys(missing))
+    missing = list(dict.fromkeys(_source_name(name, rules) for name in expected if name not in tensors))
     if missing:
         raise CheckpointError(f"missing {_count(missing)} in the checkpoint: {_some(missing)}")
     for mapping in mappings:
@@ -305,8 +304,14 @@ def _report(
     checkpoint: SourceCheckpoint,
     mappings: Sequence[KeyMapping],
     tensors: Mapping[str, torch.Tensor],
-    notes: Sequence[str],
+    not_finite: Sequence[str],
 ) -> ConversionReport:
+    notes = plan.notes
+    if not_finite:
+        notes += (
+            f"NaN or infinite weights in {_some(not_finite)}: the model's output will not be usable, "
+            "and the result cannot be verified",
+        )
     return ConversionReport(
         recipe=recipe,
         source=checkpoint.weights_path,
@@ -317,7 +322,7 @@ def _report(
         num_tensors=len(tensors),
         num_parameters=sum(tensor.numel() for tensor in tensors.values()),
         dropped={mapping.source: mapping.rule.reason for mapping in mappings if isinstance(mapping.rule, Drop)},
-        warnings=(*plan.notes, *notes),
+        warnings=notes,
         key_table=tuple(
             KeyRow(m.source, tuple(checkpoint.tensors[m.source].shape), type(m.rule).__name__, m.targets)
             for m in mappings
@@ -325,20 +330,6 @@ def _report(
         verification=None,
         model_class=plan.model_class.__name__,
     )
-
-
-def _not_finite(mappings: Sequence[KeyMapping], tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Source keys whose values, as saved, hold NaN or infinity."""
-    return [m.source for m in mappings if not all(bool(tensors[name].isfinite().all()) for name in m.targets)]
-
-
-def _finite_note(not_finite: Sequence[str]) -> list[str]:
-    if not not_finite:
-        return []
-    return [
-        f"NaN or infinite weights in {_some(not_finite)}: the model's output will not be usable, "
-        "and the result cannot be verified"
-    ]
 
 
 def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -31,7 +31,7 @@ class Evidence:
 
     tensors: Mapping[str, tuple[int, ...]]
     container: tuple[str, ...] = ()
-    config: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def has(self, pattern: str) -> bool:
         """Whether a tensor's name begins with this regular expression."""
@@ -40,7 +40,7 @@ class Evidence:
     @property
     def model_type(self) -> str:
         """The `model_type` of its config, as text."""
-        return str((self.config or {}).get("model_type"))
+        return str(self.config.get("model_type"))
 
 
 @dataclass(frozen=True)

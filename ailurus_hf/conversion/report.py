@@ -1,5 +1,6 @@
 """What a conversion tells its caller."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,13 +59,5 @@ class ConversionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report in JSON types."""
-        return {
-            **asdict(self),
-            "source": str(self.source),
-            "output": str(self.output),
-            "warnings": list(self.warnings),
-            "key_table": [
-                {"source": row.source, "shape": list(row.shape), "rule": row.rule, "targets": list(row.targets)}
-                for row in self.key_table
-            ],
-        }
+        report: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))  # str: the paths
+        return report

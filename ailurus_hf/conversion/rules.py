@@ -27,6 +27,7 @@ __all__ = [
     "Transpose",
     "fill",
     "match",
+    "renames",
     "source_of",
 ]
 
@@ -91,6 +92,11 @@ class Drop:
 Rule = Rename | SplitRows | Transpose | Flatten | Drop
 
 
+def renames(layers: Mapping[str, str], source: str = "", target: str = "", optional: bool = False) -> tuple[Rule, ...]:
+    """Rules for weight and bias of layers: names of the source -> ours, and what precedes them on both sides."""
+    return tuple(Rename(f"{source}{old}.{PARAM}", f"{target}{new}.{{param}}", optional) for old, new in layers.items())
+
+
 def match(rule: Rule, key: str) -> dict[str, str] | None:
     """Match a whole tensor name against the rule's pattern.
 
@@ -112,13 +118,12 @@ def source_of(rule: Rule, target_key: str) -> str | None:
     Used to tell the user which key of *their* file is missing. A rule whose target forgets a placeholder cannot be read
     backwards and answers `None` too.
     """
-    # The target becomes a pattern, with the choices that its placeholders had in the source's.
-    choices = dict(_placeholders(rule.pattern))
+    placeholders = _placeholders(rule.pattern)
     for target in rule.targets:
-        if {name for name, _ in _placeholders(target)} != set(choices):
+        if _placeholders(target).keys() != placeholders.keys():
             continue
-        backwards = _PLACEHOLDER.sub(lambda found: _with_choices(found["name"], choices[found["name"]]), target)
-        found = _compile(backwards).fullmatch(target_key)
+        # The target becomes a pattern, with the choices that its placeholders had in the source's.
+        found = _compile(fill(target, placeholders)).fullmatch(target_key)
         if found is not None:
             return fill(rule.pattern, found.groupdict())
     return None
@@ -150,9 +155,6 @@ def _expression(choices: str | None) -> str:
     return "|".join(re.escape(choice) for choice in choices.split("|"))
 
 
-def _placeholders(text: str) -> list[tuple[str, str | None]]:
-    return [(found["name"], found["choices"]) for found in _PLACEHOLDER.finditer(text)]
-
-
-def _with_choices(name: str, choices: str | None) -> str:
-    return f"{{{name}}}" if choices is None else f"{{{name}:{choices}}}"
+def _placeholders(text: str) -> dict[str, str]:
+    """The placeholders as they are written, by name."""
+    return {found["name"]: found[0] for found in _PLACEHOLDER.finditer(text)}

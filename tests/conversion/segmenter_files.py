@@ -6,8 +6,22 @@ from typing import Any
 import torch
 import yaml
 
+from ailurus_hf.conversion.references.segmenter import SegmenterForward
+
 PATCH = 8
 LAYERS = 3
+# The original's formulas for the checkpoints below.
+REFERENCE = SegmenterForward(
+    {
+        "patch_size": PATCH,
+        "image_size": (24, 32),
+        "num_attention_heads": 4,
+        "layer_norm_eps": 1e-5,
+        "decoder_num_attention_heads": 1,
+        "position_interpolation": "bilinear",
+        "position_resize_rule": "count",
+    }
+)
 
 
 class _Dumper(yaml.SafeDumper):

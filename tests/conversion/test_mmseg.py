@@ -232,12 +232,16 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("head", "changes", "said"),
         [
-            ("mask", {"type='VisionTransformer'": "type='SwinTransformer'"}, "other backbones are not converted"),
+            (
+                "mask",
+                {"type='VisionTransformer'": "type='SwinTransformer'"},
+                "backbone.type must be 'VisionTransformer', got 'Swin",
+            ),
             ("mask", {"type='SegmenterMaskTransformerHead'": "type='SETRMLAHead'"}, "got 'SETRMLAHead'"),
             ("mask", {"with_cls_token=True": "with_cls_token=False"}, "with_cls_token must be True"),
             ("mask", {"with_cls_token=True": "out_origin=True"}, "out_origin must be False"),
             ("mask", {"out_indices=(0, 1, 2)": "out_indices=-2"}, "out_indices must name the last layer"),
-            ("mask", {"MODE": "nearest"}, "interpolate_mode must be one of"),
+            ("mask", {"MODE": "nearest"}, "interpolate_mode must be 'bicubic' or 'bilinear', got 'nearest'"),
             (
                 "mask",
                 {"num_classes=4, num_layers": "num_classes=7, num_layers"},
@@ -246,11 +250,15 @@ class TestRefusals:
             ("mask", {"num_classes=4, num_layers": "num_classes='4', num_layers"}, "num_classes must be a whole"),
             ("mask", {"img_size=(32, 48)": "img_size=(32, 48, 8)"}, "img_size must be a number or"),
             ("mask", {"drop_rate=0.1": "drop_rate=2"}, "drop_rate must be a number from 0 to below 1, got 2"),
-            ("mask", {"mean=[123.675, 116.28, 103.53]": "mean=None"}, "mean and std written out"),
+            (
+                "mask",
+                {"mean=[123.675, 116.28, 103.53]": "mean=None"},
+                "data_preprocessor.mean must be a list of 3 numbers, got None",
+            ),
             ("mask", {"model = dict(": "model = build("}, r"no config with model = dict\(backbone=\.\.\.\)"),
             ("mask", {"decode_head=dict(": "decode_head=list("}, r"no config with model = dict\(backbone=\.\.\.\)"),
             ("mask", {"decode_head=dict": "other_head=dict"}, "model.decode_head must be a mapping, got None"),
-            ("linear", {"num_convs=0": "num_convs=1"}, "must have num_convs=0 and concat_input=False"),
+            ("linear", {"num_convs=0": "num_convs=1"}, "decode_head.num_convs must be 0, got 1"),
             ("naive", {"in_index=2": "in_index=0"}, r"in_index must select the last .* \(0, 1, 2\), got 0"),
             ("naive", {"in_index=2": "in_index=(0, 2)"}, r"in_index must select the last layer"),
             ("naive", {"out_indices=(0, 1, 2)": "out_indices=(0, 1)"}, r"the last layer, 2, got \(0, 1\)"),
@@ -261,9 +269,9 @@ class TestRefusals:
             ("naive", {"up_scale=4": "up_scale=1.5"}, "up_scale must be a whole number above 0, got 1.5"),
             ("naive", {"kernel_size=1": "kernel_size=2"}, "kernel_size must be 1 or 3, got 2"),
             ("naive", {"channels=10, in_index=2": "channels=11, in_index=2"}, "wrong shape of decode_head"),
-            ("naive", {"dropout_ratio=0": "act_cfg=dict(type='GELU')"}, "act_cfg must be ReLU"),
-            ("naive", {"dropout_ratio=0": "norm_layer=dict(type='BN')"}, "norm_layer must be LN"),
-            ("naive", {"SyncBN', requires_grad=True": "SyncBN', eps=1e-3"}, "BN or SyncBN with eps 1e-05"),
+            ("naive", {"dropout_ratio=0": "act_cfg=dict(type='GELU')"}, "act_cfg.type must be 'ReLU', got 'GELU'"),
+            ("naive", {"dropout_ratio=0": "norm_layer=dict(type='BN')"}, "norm_layer.type must be 'LN', got 'BN'"),
+            ("naive", {"SyncBN', requires_grad=True": "SyncBN', eps=1e-3"}, "norm_cfg.eps must be 1e-05, got 0.001"),
         ],
     )
     def test_configs(self, head: str, changes: dict[str, str], said: str, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ import torch
 from ailurus_hf import AiluRusForSemanticSegmentation
 from ailurus_hf.cli.app import main
 from ailurus_hf.conversion.recipes import RECIPES
-from ailurus_hf.conversion.references.segmenter import segmenter_logits
 from tests.conversion.safety_files import (
     BROKEN,
     CONVERTS,
@@ -24,7 +23,7 @@ from tests.conversion.safety_files import (
     write_broken_safetensors,
     write_unsafe,
 )
-from tests.conversion.segmenter_files import segmenter_tensors, write_segmenter
+from tests.conversion.segmenter_files import REFERENCE, segmenter_tensors, write_segmenter
 from tests.paths import ROOT, golden
 
 REFUSED = {name: said for name, (_, said) in (MALICIOUS | BROKEN).items()}
@@ -118,7 +117,7 @@ def test_valid_checkpoint_converts(name: str, tmp_path: Path, scratch: Path, cap
     assert printed.err == ""
     assert "verified" in printed.out
     pixel_values = torch.randn(1, 3, 24, 32)
-    expected = segmenter_logits(tensors, pixel_values, patch_size=8, grid_size=(3, 4), num_heads=4)
+    expected = REFERENCE(tensors, pixel_values)
     with torch.no_grad():
         difference = (model(pixel_values).logits - expected).abs().max()
     if name == "half precision":  # the weights are rounded, and not more than that

@@ -86,8 +86,8 @@ def test_every_key_once_and_every_rule_at_least_once(origin: str, tmp_path: Path
     write_segformer(tmp_path / "source", origin)
     checkpoint = read(tmp_path / "source")
     assert segformer.ORIGINS[origin] in checkpoint.tensors
-    mappings = map_keys(segformer.segformer_rules(origin), checkpoint.tensors)
-    check_rules_used(segformer.segformer_rules(origin), mappings)
+    mappings = map_keys(segformer.RULES[origin], checkpoint.tensors)
+    check_rules_used(segformer.RULES[origin], mappings)
     targets = [target for mapping in mappings for target in mapping.targets]
     assert len(targets) == len(set(targets))
 

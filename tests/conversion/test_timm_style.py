@@ -194,7 +194,11 @@ class TestTimm:
         [
             ("cls_token norm qkv_bias", {"num_heads": None}, "add --set num_attention_heads=N"),
             ("cls_token norm qkv_bias head", {"global_pool": "map"}, "must be 'token' or 'avg', got 'map'"),
-            ("cls_token norm qkv_bias", {"act_layer": "quick_gelu"}, "act_layer must be one of"),
+            (
+                "cls_token norm qkv_bias",
+                {"act_layer": "quick_gelu"},
+                "act_layer must be None or 'gelu', got 'quick_gelu'",
+            ),
             ("cls_token norm qkv_bias", {"img_size": "64"}, "img_size must be"),
             ("cls_token norm qkv_bias", {"img_size": 64}, "wrong shape of pos_embed"),
             ("cls_token norm qkv_bias", {"no_embed_class": True}, "wrong shape of pos_embed"),
@@ -333,7 +337,7 @@ class TestKeys:
 
     def test_gated_mlp_and_chunks(self) -> None:
         keys = frozenset(vit_tensors("cls_token swiglu norm", prefix="backbone.", chunks=True))
-        rules = encoder_rules(TimmParts(keys, "backbone.", chunked=True), "ailurus.")
+        rules = encoder_rules(TimmParts(keys, "backbone."), "ailurus.")
         mappings = {m.source: m.targets for m in map_keys(rules, keys)}
         check_rules_used(rules, map_keys(rules, keys))
         assert mappings["backbone.blocks.1.2.mlp.w12.bias"] == (

@@ -8,7 +8,6 @@ import hashlib
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 from ...utils.errors import CheckpointError
 
 __all__ = [
-    "Refusal",
+    "RefusedError",
     "check_size",
     "file_sha256",
     "read_safetensors",
@@ -40,29 +39,22 @@ class _PlainLoader(yaml.SafeLoader):
     """`yaml.SafeLoader` plus tuples, which official Segmenter files need for `image_size: !!python/tuple`."""
 
 
-def _construct_tuple(loader: yaml.SafeLoader, node: yaml.Node) -> tuple[Any, ...]:
-    if not isinstance(node, yaml.SequenceNode):
-        raise yaml.constructor.ConstructorError(None, None, "a tuple must be written as a list", node.start_mark)
+def _construct_tuple(loader: yaml.SafeLoader, node: yaml.SequenceNode) -> tuple[Any, ...]:
     return tuple(loader.construct_sequence(node, deep=True))
 
 
 _PlainLoader.add_constructor("tag:yaml.org,2002:python/tuple", _construct_tuple)
 
 
-@dataclass(frozen=True)
-class Refusal:
+class RefusedError(CheckpointError):
     """torch's safe loader found a sound file, but not only tensors and plain containers in it."""
-
-    reason: str
 
 
 def read_torch_file(path: Path) -> Any:
-    """Read a `torch.save` file (zip or the old format) on the CPU, or say why torch's safe loader refuses it.
-
-    Returns:
-        The file's content, tensors and plain containers; or a `Refusal`.
+    """Read a `torch.save` file (zip or the old format) on the CPU: tensors and plain containers.
 
     Raises:
+        RefusedError: torch's safe loader refuses the file.
         CheckpointError: the file is empty or damaged.
     """
     if path.stat().st_size == 0:
@@ -75,15 +67,13 @@ def read_torch_file(path: Path) -> Any:
         # torch has one exception for both, so its words must tell refusal from damage
         needed = _GLOBAL.search(str(error))
         if needed is not None:
-            return Refusal(
+            raise RefusedError(
                 f"{path} is refused: unpickling it would need {needed[1]!r}, which may run code; "
                 "only tensors and plain containers are read (torch.load(weights_only=True))"
-            )
+            ) from error
         if "weights only" in str(error).lower():
-            return Refusal(
-                f"{path} is refused: it is no PyTorch checkpoint, "
-                "or one that holds more than tensors and plain containers"
-            )
+            more = "or one that holds more than tensors and plain containers"
+            raise RefusedError(f"{path} is refused: it is no PyTorch checkpoint, {more}") from error
         raise CheckpointError(f"{path} is damaged or cut short: it cannot be read as a PyTorch checkpoint") from error
 
 
@@ -188,6 +178,5 @@ def file_sha256(*paths: Path) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()

@@ -6,18 +6,32 @@ before. Anything else in the file is skipped, and an assignment that needs it ha
 
 import ast
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from ...utils.errors import CheckpointError
 from .files import check_size
 
-__all__ = ["parse_config"]
+__all__ = ["parse_config", "python_configs"]
 
 _MAX_LETTERS = 1_000_000
 
 
 class _NotLiteral(Exception):
     """An expression would have to be run to be known."""
+
+
+def python_configs(content: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """The texts of the configs in a checkpoint of OpenMMLab's tools, by place, and what it tells of the data set.
+
+    The latter are `classes` and `palette`, where they are there.
+    """
+    meta = content.get("meta")
+    meta = meta if isinstance(meta, Mapping) else {}
+    texts = {f"meta.{name}": meta[name] for name in ("cfg", "config") if isinstance(meta.get(name), str)}
+    data = meta.get("dataset_meta")
+    labels = data if isinstance(data, Mapping) else {name.lower(): meta.get(name) for name in ("CLASSES", "PALETTE")}
+    return texts, dict(labels)
 
 
 def parse_config(text: str, name: str) -> dict[str, Any]:
@@ -43,10 +57,8 @@ def parse_config(text: str, name: str) -> dict[str, Any]:
         for target in statement.targets:
             if isinstance(target, ast.Name):
                 values.pop(target.id, None)  # a name assigned anew and unreadably must not keep its old value
-                try:
+                with suppress(_NotLiteral, TypeError, RecursionError):  # TypeError: a list as a key, minus of a text
                     values[target.id] = _value(statement.value, values)
-                except (_NotLiteral, TypeError, RecursionError):  # TypeError: a list as a key, minus of a text
-                    continue
     check_size(values, name)
     return values
 

@@ -1,12 +1,14 @@
 """Settings out of a source's own files, checked as they are read: errors name the file, the setting and its value."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from ...utils.errors import CheckpointError
 
-__all__ = ["Settings", "label_names"]
+__all__ = ["Settings", "config_of", "label_names"]
 
 
 @dataclass(frozen=True)
@@ -30,36 +32,64 @@ class Settings:
 
     def integer(self, key: str, default: int | None = None) -> int:
         """A whole number above 0."""
-        value = self.values.get(key, default)
-        if type(value) is not int or value < 1:  # True is an int too
-            raise CheckpointError(f"{self.where}{key} must be a whole number above 0, got {value!r}")
-        return value
+        return int(self._checked(key, default, _is_size, "a whole number above 0"))
 
     def share(self, key: str, default: float) -> float:
         """A number from 0 to below 1, such as a dropout probability."""
-        value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-            raise CheckpointError(f"{self.where}{key} must be a number from 0 to below 1, got {value!r}")
-        return float(value)
+        expected = "a number from 0 to below 1"
+        return float(self._checked(key, default, lambda value: _is_number(value) and 0 <= value < 1, expected))
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
-        value = self.values.get(key, default)
-        if not isinstance(value, bool):
-            raise CheckpointError(f"{self.where}{key} must be true or false, got {value!r}")
-        return value
+        return bool(self._checked(key, default, lambda value: isinstance(value, bool), "true or false"))
 
     def pair(self, key: str, default: int | None = None) -> list[int]:
         """(height, width), whole numbers above 0; one number stands for both."""
+        sides = self._checked(
+            key, default, lambda value: _is_size(value) or _is_list(value, _is_size, 2), "a number or (height, width)"
+        )
+        return [sides, sides] if isinstance(sides, int) else list(sides)
+
+    def numbers(self, key: str, default: list[float] | None = None, length: int | None = None) -> list[float]:
+        """A list of numbers, of this length if one is given."""
+        expected = f"a list of {length} numbers" if length else "a list of numbers"
+        values = self._checked(key, default, lambda value: _is_list(value, _is_number, length), expected)
+        return [float(value) for value in values]
+
+    def choice(self, key: str, allowed: Iterable[Any], default: Any = None) -> Any:
+        """One of these values."""
+        values = list(allowed)
+        return self._checked(key, default, lambda value: value in values, " or ".join(map(repr, values)))
+
+    def _checked(self, key: str, default: Any, valid: Callable[[Any], bool], expected: str) -> Any:
         value = self.values.get(key, default)
-        sides = [value, value] if type(value) is int else value
-        if not isinstance(sides, list | tuple) or len(sides) != 2 or not all(type(n) is int and n > 0 for n in sides):
-            raise CheckpointError(f"{self.where}{key} must be a number or (height, width), got {value!r}")
-        return list(sides)
+        if not valid(value):
+            raise CheckpointError(f"{self.where}{key} must be {expected}, got {value!r}")
+        return value
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0  # True is an int too
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_list(value: Any, valid: Callable[[Any], bool], length: int | None = None) -> bool:
+    return isinstance(value, list | tuple) and len(value) == (length or len(value)) and all(map(valid, value))
+
+
+def config_of(config_class: Any, description: Mapping[str, Any]) -> Any:
+    """The configuration of a model of transformers or of this package, from the content of its `config.json`."""
+    try:
+        return config_class.from_dict(dict(description))
+    except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"config.json is not valid: {' '.join(str(error).split())}") from error
 
 
 def label_names(names: Any, num_labels: int) -> dict[str, Any]:
     """`id2label` and `label2id`, where `names` is a list with a text for each class; else nothing."""
-    if not isinstance(names, list | tuple) or len(names) != num_labels or not all(isinstance(n, str) for n in names):
+    if not _is_list(names, lambda name: isinstance(name, str), num_labels):
         return {}
     return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}

@@ -11,10 +11,19 @@ from huggingface_hub import ModelCard, snapshot_download
 
 from ...utils.errors import CheckpointError
 from ..unsupported import refuse_unsupported
-from .files import Refusal, read_safetensors, read_torch_file, state_dict_of
+from .files import RefusedError, read_safetensors, read_torch_file, state_dict_of
 from .unpickling import read_tensors_from_pickle
 
-__all__ = ["find_weights", "license_of", "read_json", "read_tensors", "tensors_of", "weight_files"]
+__all__ = [
+    "find_weights",
+    "license_of",
+    "read_json",
+    "read_json_beside",
+    "read_preprocessing",
+    "read_tensors",
+    "tensors_of",
+    "weight_files",
+]
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SETTINGS = ["*.json", "README.md"]
@@ -27,6 +36,18 @@ WEIGHT_NAMES = (
     "checkpoint.pth",
 )
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+PROCESSOR_FIELDS = (
+    "do_resize",
+    "size",
+    "resample",
+    "do_center_crop",
+    "crop_size",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+)
 RECORDED = "golden.safetensors"  # outputs recorded beside a checkpoint, no weights
 
 
@@ -120,15 +141,15 @@ def read_tensors(path: Path, objects: bool = False) -> Mapping[str, Any]:
 
 def _read_pickled(path: Path, objects: bool) -> Any:
     """torch's own safe reader first; the placeholders only where it refuses objects, not where it finds damage."""
-    content = read_torch_file(path)
-    if not isinstance(content, Refusal):
-        return content
-    if not objects:
-        raise CheckpointError(content.reason)
     try:
-        return read_tensors_from_pickle(path)
-    except Exception as error:  # a damaged or hostile pickle raises whatever its bytes spell
-        raise CheckpointError(content.reason) from error
+        return read_torch_file(path)
+    except RefusedError as refusal:
+        if not objects:
+            raise
+        try:
+            return read_tensors_from_pickle(path)
+        except Exception as error:  # a damaged or hostile pickle raises whatever its bytes spell
+            raise refusal from error
 
 
 def tensors_of(content: Mapping[str, Any], path: Path, entry: str = "model") -> dict[str, torch.Tensor]:
@@ -158,6 +179,34 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def read_json_beside(weights: Path, name: str = "config.json", needed_by: str = "") -> dict[str, Any]:
+    """Read a JSON object from the weights' folder; an empty one where there is no such file and nobody needs it.
+
+    Args:
+        needed_by: whose checkpoints do not come without it, for the message.
+
+    Raises:
+        FileNotFoundError: the file is missing and needed.
+        CheckpointError: the file is too large, no JSON, or no object.
+    """
+    path = weights.parent / name
+    if path.is_file():
+        return read_json(path)
+    if needed_by:
+        raise FileNotFoundError(f"no {name} beside {weights}: {needed_by} checkpoints keep their settings there")
+    return {}
+
+
+def read_preprocessing(weights: Path) -> dict[str, Any]:
+    """The settings of transformers' image processors beside the weights; the old spelling `size: 224` is a square."""
+    stored = read_json_beside(weights, "preprocessor_config.json")
+    settings = {name: value for name, value in stored.items() if name in PROCESSOR_FIELDS}
+    for name in ("size", "crop_size"):
+        if isinstance(side := settings.get(name), int):
+            settings[name] = {"height": side, "width": side}
+    return settings
 
 
 def license_of(folder: Path) -> str | None:

@@ -98,6 +98,14 @@ class _Parameter(Placeholder):
         return args[0]
 
 
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): _Dictionary,
+    ("torch._utils", "_rebuild_tensor_v2"): _Tensor(),
+    ("torch._utils", "_rebuild_parameter"): _Parameter(),
+    **{("torch", name): _Storage(dtype) for name, dtype in _STORAGES.items()},
+}
+
+
 class _InertUnpickler(pickle._Unpickler):
     def __init__(self, archive: zipfile.ZipFile, folder: str, content: bytes):
         super().__init__(BytesIO(content), encoding="utf-8")
@@ -106,15 +114,7 @@ class _InertUnpickler(pickle._Unpickler):
 
     # The one door to code. Only names that stand for data get through, and none of them is looked up in a module.
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return _Dictionary
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _Tensor()
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return _Parameter()
-        if module == "torch" and name in _STORAGES:
-            return _Storage(_STORAGES[name])
-        return Placeholder
+        return _KNOWN.get((module, name), Placeholder)
 
     def get_extension(self, code: int) -> None:
         # copyreg has classes under numbers, and a cache of them that find_class does not see

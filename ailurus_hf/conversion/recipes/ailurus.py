@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from ...architectures.row import Architecture
 from ...registry import ARCHITECTURES
 from ...utils.errors import CheckpointError
 from ..reading.files import state_dict_of
-from ..reading.sources import license_of, read_json, read_tensors
+from ..reading.settings import config_of
+from ..reading.sources import license_of, read_json_beside, read_tensors
 from ..recipe import Plan, Recipe, Reference, Sign, SourceCheckpoint
 from ..rules import Rename
 
@@ -28,13 +28,11 @@ def read_ailurus(weights: Path) -> SourceCheckpoint:
         FileNotFoundError: `config.json` is missing.
         CheckpointError: a file is unreadable or unsafe, or no AiluRus checkpoint.
     """
-    config = weights.parent / "config.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"no config.json beside {weights}: AiluRus checkpoints keep their settings there")
-    description = read_json(config)
+    description = read_json_beside(weights, needed_by="AiluRus")
     if str(description.get("model_type")) not in ARCHITECTURES:
         allowed = " or ".join(map(repr, ARCHITECTURES))
-        raise CheckpointError(f"{config}: model_type must be {allowed}, got {description.get('model_type')!r}")
+        found = description.get("model_type")
+        raise CheckpointError(f"{weights.parent / 'config.json'}: model_type must be {allowed}, got {found!r}")
     return SourceCheckpoint(weights, state_dict_of(read_tensors(weights), weights, "state_dict"), description)
 
 
@@ -49,27 +47,23 @@ def plan_ailurus(checkpoint: SourceCheckpoint) -> Plan:
     if names[0] not in row.models:
         raise CheckpointError(f"config.json: architectures must name one of {', '.join(row.models)}, got {names!r}")
     auto_class = row.models[names[0]]
-    folder = checkpoint.weights_path.parent
     config = _settings(checkpoint, row)
     output = "last_hidden_state" if auto_class == "AutoModel" else "logits"
     return Plan(
         config=config,
         rules=RULES,
-        processor=_processor(folder),
+        processor=_processor(checkpoint.weights_path),
         model_class=row.load(auto_class),
         reference=None if auto_class == "AutoBackbone" else _dense_forward(config, row, auto_class, output),
         output=output,
         pads_images=True,
-        license=license_of(folder),
+        license=license_of(checkpoint.weights_path.parent),
     )
 
 
 def _settings(checkpoint: SourceCheckpoint, row: Architecture) -> dict[str, Any]:
     """The fields that the file has, and those that the engine would otherwise choose itself."""
-    try:
-        config = row.load("AutoConfig").from_dict(dict(checkpoint.description))
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise CheckpointError(f"config.json is not valid: {' '.join(str(error).split())}") from error
+    config = config_of(row.load("AutoConfig"), checkpoint.description)
     # config.json may leave out defaults; those named below are read before a config is made of the rest
     written = {name: value for name, value in checkpoint.description.items() if name not in _NOT_FIELDS}
     return {
@@ -81,9 +75,8 @@ def _settings(checkpoint: SourceCheckpoint, row: Architecture) -> dict[str, Any]
     }
 
 
-def _processor(folder: Path) -> dict[str, Any]:
-    path = folder / "preprocessor_config.json"
-    settings = read_json(path) if path.is_file() else {}
+def _processor(weights: Path) -> dict[str, Any]:
+    settings = read_json_beside(weights, "preprocessor_config.json")
     return {name: value for name, value in settings.items() if not name.endswith("_type") and name != "auto_map"}
 
 

@@ -11,14 +11,12 @@ labels. Facts of the original code kept here:
 
 from functools import partial
 
-from ...modeling.modeling_ailurus import AiluRusModel
 from ..reading.sources import find_weights
 from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
-from ..references.vit import ViTForward
-from ..rules import Drop, Rule
-from .timm_style import BARE, BLOCK, IMAGENET, TimmParts, encoder_rules, encoder_settings, position_settings, read_bare
+from ..rules import Drop
+from .timm_style import BARE, BLOCK, TimmParts, encoder_plan, encoder_settings, position_settings, read_bare
 
-__all__ = ["RECIPE", "dino_rules", "plan_dino"]
+__all__ = ["RECIPE", "plan_dino"]
 
 POSITION_OFFSET = 0.1
 
@@ -31,32 +29,18 @@ CITATION = """@inproceedings{caron2021emerging,
 }"""
 
 
-def dino_rules(parts: TimmParts) -> tuple[Rule, ...]:
-    """The whole table; a training checkpoint's projection head has no place in the model."""
-    rules = encoder_rules(parts, target="")
-    if not parts.prefix:
-        return rules
-    return (*rules, Drop("head.{rest:*}", "DINO's projection head, used only in training", optional=True))
-
-
 def plan_dino(checkpoint: SourceCheckpoint) -> Plan:
-    """Make the plan from the tensors.
+    """Make the plan from the tensors; a training checkpoint's projection head has no place in the model.
 
     Raises:
         CheckpointError: the tensors are not those of a ViT, or do not tell the number of heads or the grid.
     """
-    prefix = "backbone." if any(key.startswith("backbone.") for key in checkpoint.tensors) else ""
-    parts = TimmParts(frozenset(checkpoint.tensors), prefix)
+    training = any(key.startswith("backbone.") for key in checkpoint.tensors)
+    parts = TimmParts(checkpoint.tensors, "backbone." if training else "")
     config = encoder_settings(checkpoint, parts) | position_settings(POSITION_OFFSET)
-    return Plan(
-        config=config,
-        rules=dino_rules(parts),
-        processor=dict(IMAGENET),
-        model_class=AiluRusModel,
-        reference=ViTForward(config, prefix, offset=POSITION_OFFSET),
-        output="last_hidden_state",
-        recorded={"cls": "pooler_output"},
-    )
+    unused = (Drop("head.{rest:*}", "DINO's projection head, used only in training", optional=True),)
+    recorded = {"cls": "pooler_output"}
+    return encoder_plan(checkpoint, parts, config, unused=unused if training else (), recorded=recorded)
 
 
 RECIPE = Recipe(

@@ -12,14 +12,12 @@ https://github.com/facebookresearch/dinov2). Facts of the original code kept her
 
 from functools import partial
 
-from ...modeling.modeling_ailurus import AiluRusModel
 from ..reading.sources import find_weights
 from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
-from ..references.vit import ViTForward
-from ..rules import Drop, Rename, Rule, match
-from .timm_style import BLOCK, IMAGENET, TimmParts, encoder_rules, encoder_settings, position_settings, read_bare
+from ..rules import Drop
+from .timm_style import BLOCK, TimmParts, encoder_plan, encoder_settings, position_settings, read_bare
 
-__all__ = ["RECIPE", "dinov2_parts", "dinov2_rules", "plan_dinov2"]
+__all__ = ["RECIPE", "plan_dinov2"]
 
 POSITION_OFFSET = 0.1  # without registers
 
@@ -31,43 +29,24 @@ CITATION = """@article{oquab2024dinov2,
 }"""
 
 
-def dinov2_parts(keys: frozenset[str]) -> TimmParts:
-    """Which parts the checkpoint has: a `backbone.` prefix, registers, doubly numbered blocks."""
-    prefix = "backbone." if any(key.startswith("backbone.") for key in keys) else ""
-    chunked = Rename(f"{prefix}blocks.{{chunk}}.{{layer}}.{{rest:*}}", "")
-    return TimmParts(
-        keys, prefix, register_name="register_tokens", chunked=any(match(chunked, key) is not None for key in keys)
-    )
-
-
-def dinov2_rules(parts: TimmParts) -> tuple[Rule, ...]:
-    """The whole table."""
-    mask = Drop(f"{parts.prefix}mask_token", "stands for masked patches, used only in training", optional=True)
-    heads = Drop("{head:dino_head|ibot_head}.{rest:*}", "a projection head, used only in training", optional=True)
-    return (*encoder_rules(parts, target=""), mask, heads)
-
-
 def plan_dinov2(checkpoint: SourceCheckpoint) -> Plan:
     """Make the plan from the tensors; `position_offset` and `position_antialias` may be set otherwise.
 
     Raises:
         CheckpointError: the tensors are not those of a ViT, or do not tell the number of heads or the grid.
     """
-    parts = dinov2_parts(frozenset(checkpoint.tensors))
+    prefix = "backbone." if any(key.startswith("backbone.") for key in checkpoint.tensors) else ""
+    parts = TimmParts(checkpoint.tensors, prefix, register_name="register_tokens")
     config = encoder_settings(checkpoint, parts, prefix_positions=1)
     registers = config["num_register_tokens"] > 0
     offset = float(checkpoint.overrides.get("position_offset", 0.0 if registers else POSITION_OFFSET))
     antialias = bool(checkpoint.overrides.get("position_antialias", registers))
     config |= position_settings(offset, antialias)
-    return Plan(
-        config=config,
-        rules=dinov2_rules(parts),
-        processor=dict(IMAGENET),
-        model_class=AiluRusModel,
-        reference=ViTForward(config, parts.prefix, "register_tokens", antialias, offset),
-        output="last_hidden_state",
-        recorded={"x_norm_clstoken": "pooler_output"},
+    unused = (
+        Drop(f"{prefix}mask_token", "stands for masked patches, used only in training", optional=True),
+        Drop("{head:dino_head|ibot_head}.{rest:*}", "a projection head, used only in training", optional=True),
     )
+    return encoder_plan(checkpoint, parts, config, unused=unused, recorded={"x_norm_clstoken": "pooler_output"})
 
 
 RECIPE = Recipe(

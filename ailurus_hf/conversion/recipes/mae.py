@@ -13,23 +13,10 @@ from functools import partial
 
 from ..reading.sources import find_weights
 from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
-from ..references.vit import ViTForward
-from ..rules import Drop, Rule
-from .timm_style import (
-    BLOCK,
-    IMAGENET,
-    IN_MODEL,
-    TimmParts,
-    classifier_rules,
-    encoder_rules,
-    encoder_settings,
-    model_class,
-    position_settings,
-    read_bare,
-    rows_of,
-)
+from ..rules import Drop
+from .timm_style import BLOCK, IN_MODEL, TimmParts, encoder_plan, encoder_settings, position_settings, read_bare
 
-__all__ = ["RECIPE", "mae_rules", "plan_mae"]
+__all__ = ["RECIPE", "plan_mae"]
 
 DECODER = "{part:decoder_embed|decoder_blocks|decoder_norm|decoder_pred}.{rest:*}"
 
@@ -41,41 +28,20 @@ CITATION = """@inproceedings{he2022masked,
 }"""
 
 
-def mae_rules(parts: TimmParts) -> tuple[Rule, ...]:
-    """The whole table, for a bare encoder, an encoder with the decoder of the pre-training, or a classifier."""
-    if parts.has("head.weight"):
-        return (*encoder_rules(parts, "ailurus."), *classifier_rules(["head"], ["classifier"]))
-    reason = "the decoder that reconstructs pixels, used only in pre-training"
-    return (
-        *encoder_rules(parts, ""),
-        Drop("mask_token", reason, optional=True),
-        Drop("decoder_pos_embed", reason, optional=True),
-        Drop(DECODER, reason, optional=True),
-    )
-
-
 def plan_mae(checkpoint: SourceCheckpoint) -> Plan:
-    """Make the plan from the tensors.
+    """Make the plan from the tensors: of a classifier, or of an encoder with or without the pre-training's decoder.
 
     Raises:
         CheckpointError: the tensors are not those of a ViT, or do not tell the number of heads or the grid.
     """
-    parts = TimmParts(frozenset(checkpoint.tensors))
-    num_labels = rows_of(checkpoint, "head.weight")
+    parts = TimmParts(checkpoint.tensors)
     config = encoder_settings(checkpoint, parts) | position_settings()
     config["pooling"] = "mean" if config["use_pooler_norm"] else "cls"
-    if num_labels is not None:
-        config["num_labels"] = num_labels
-    classifiers = ("head",) if num_labels is not None else ()
-    return Plan(
-        config=config,
-        rules=mae_rules(parts),
-        processor=dict(IMAGENET),
-        model_class=model_class(num_labels),
-        reference=ViTForward(config, classifiers=classifiers),
-        output="logits" if classifiers else "last_hidden_state",
-        recorded={"logits": "logits"} if classifiers else {"encoder_tokens": "last_hidden_state"},
-    )
+    if parts.has("head.weight"):
+        return encoder_plan(checkpoint, parts, config, classifiers={"head": "classifier"})
+    reason = "the decoder that reconstructs pixels, used only in pre-training"
+    unused = tuple(Drop(name, reason, optional=True) for name in ("mask_token", "decoder_pos_embed", DECODER))
+    return encoder_plan(checkpoint, parts, config, unused=unused, recorded={"encoder_tokens": "last_hidden_state"})
 
 
 RECIPE = Recipe(

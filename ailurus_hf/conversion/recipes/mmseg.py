@@ -20,7 +20,7 @@ from typing import Any
 
 from ...utils.errors import CheckpointError
 from ..reading.files import strip_common_prefix
-from ..reading.python_config import parse_config
+from ..reading.python_config import parse_config, python_configs
 from ..reading.settings import Settings, label_names
 from ..reading.sources import find_weights, license_of, read_tensors, tensors_of
 from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
@@ -47,7 +47,6 @@ BACKBONE_FLAGS = {
 }
 # defaults of mmsegmentation's constructors, which configs leave out
 SETR_NORM = {"type": "LN", "eps": 1e-6}
-RELU = {"type": "ReLU"}
 DEFAULT_EPS = 1e-5  # of `dict(type="LN")`, and of BatchNorm
 
 CITATION = """@misc{mmseg2020,
@@ -119,15 +118,12 @@ def read_mmseg(weights: Path) -> SourceCheckpoint:
     """
     content = read_tensors(weights, objects=True)
     tensors = strip_common_prefix(tensors_of(content, weights, "state_dict"))
-    meta = content.get("meta")
-    meta = meta if isinstance(meta, Mapping) else {}
-    data = meta.get("dataset_meta")
-    labels = data if isinstance(data, Mapping) else {name.lower(): meta.get(name) for name in ("CLASSES", "PALETTE")}
-    return SourceCheckpoint(weights, tensors, {**_config(meta, weights), "labels": dict(labels)})
+    texts, labels = python_configs(content)
+    texts = {f"{weights}, {place}": text for place, text in texts.items()}
+    return SourceCheckpoint(weights, tensors, {**_config(texts, weights), "labels": labels})
 
 
-def _config(meta: Mapping[str, Any], weights: Path) -> dict[str, Any]:
-    texts = {f"{weights}, meta.{name}": meta[name] for name in ("cfg", "config") if isinstance(meta.get(name), str)}
+def _config(texts: dict[str, str], weights: Path) -> dict[str, Any]:
     beside = sorted(weights.parent.glob("*.py"))
     if len(beside) == 1:
         texts[str(beside[0])] = beside[0].read_text(encoding="utf-8", errors="replace")
@@ -158,47 +154,34 @@ def plan_mmseg(checkpoint: SourceCheckpoint) -> Plan:
         rules=mmseg_rules(config["decoder_type"], config["use_final_norm"]),
         processor=_processor(data, config),
         reference=MmsegForward(config),
-        recorded={"logits": "logits"},
         pads_images=True,
         license=license_of(checkpoint.weights_path.parent),
     )
 
 
-def _check_kinds(backbone_settings: Settings, head_settings: Settings) -> None:
-    backbone, head = backbone_settings.values, head_settings.values
-    if backbone.get("type") != "VisionTransformer":
-        raise CheckpointError(
-            f"model.backbone.type must be 'VisionTransformer', got {backbone.get('type')!r}; other backbones "
-            "are not converted"
-        )
-    kind = head.get("type")
-    if kind not in HEADS:
-        raise CheckpointError(f"model.decode_head.type must be one of {', '.join(HEADS)}, got {kind!r}")
-    if kind == "FCNHead" and (head.get("num_convs", 2) != 0 or head.get("concat_input", True)):
-        raise CheckpointError("model.decode_head must have num_convs=0 and concat_input=False, the linear head")
-    if kind == "SETRUPHead":
-        _check_upsampling(head_settings)
+def _check_kinds(backbone: Settings, head: Settings) -> None:
+    backbone.choice("type", ("VisionTransformer",))
     for name, expected in BACKBONE_FLAGS.items():
-        if backbone.get(name, expected) is not expected:
-            raise CheckpointError(f"model.backbone.{name} must be {expected}, got {backbone[name]!r}")
-    _check_last_layer(backbone_settings, head_settings)
-    if head.get("align_corners", False):
-        raise CheckpointError("model.decode_head.align_corners must be False, got True")
+        backbone.choice(name, (expected,), expected)
+    kind = head.choice("type", HEADS)
+    if kind == "FCNHead":  # without convolutions it is the linear head
+        head.choice("num_convs", (0,), 2)
+        head.choice("concat_input", (False,), True)
+    if kind == "SETRUPHead":
+        _check_upsampling(head)
+    _check_last_layer(backbone, head)
+    head.choice("align_corners", (False,), False)
 
 
-def _check_upsampling(settings: Settings) -> None:
+def _check_upsampling(head: Settings) -> None:
     """What SETR's head could have and the published ones do not: other norms, activations and kernels."""
-    head = settings.values
-    norm, activation = settings.section("norm_cfg").values, head.get("act_cfg", RELU)
-    layer_norm = head.get("norm_layer", SETR_NORM)
-    if not isinstance(layer_norm, Mapping) or layer_norm.get("type") != "LN":
-        raise CheckpointError(f"model.decode_head.norm_layer must be LN, got {layer_norm!r}")
-    if norm.get("type") not in ("BN", "BN2d", "SyncBN") or norm.get("eps", DEFAULT_EPS) != DEFAULT_EPS:
-        raise CheckpointError(f"model.decode_head.norm_cfg must be BN or SyncBN with eps {DEFAULT_EPS}, got {norm!r}")
-    if not isinstance(activation, Mapping) or activation.get("type") != "ReLU":
-        raise CheckpointError(f"model.decode_head.act_cfg must be ReLU, got {activation!r}")
-    if head.get("kernel_size", 3) not in (1, 3):
-        raise CheckpointError(f"model.decode_head.kernel_size must be 1 or 3, got {head['kernel_size']!r}")
+    for name, kind in (("norm_layer", "LN"), ("act_cfg", "ReLU")):
+        if name in head.values:
+            head.section(name).choice("type", (kind,))
+    norm = head.section("norm_cfg")
+    norm.choice("type", ("BN", "BN2d", "SyncBN"))
+    norm.choice("eps", (DEFAULT_EPS,), DEFAULT_EPS)
+    head.choice("kernel_size", (1, 3), 3)
 
 
 def _check_last_layer(backbone: Settings, head: Settings) -> None:
@@ -216,9 +199,6 @@ def _check_last_layer(backbone: Settings, head: Settings) -> None:
 
 def _backbone_settings(checkpoint: SourceCheckpoint, backbone: Settings) -> dict[str, Any]:
     hidden_size = backbone.integer("embed_dims", 768)
-    mode = backbone.values.get("interpolate_mode", "bicubic")
-    if mode not in INTERPOLATIONS:
-        raise CheckpointError(f"model.backbone.interpolate_mode must be one of {INTERPOLATIONS}, got {mode!r}")
     return {
         "hidden_size": hidden_size,
         "num_hidden_layers": count_blocks(checkpoint.tensors, "backbone.layers.{layer}"),
@@ -233,7 +213,7 @@ def _backbone_settings(checkpoint: SourceCheckpoint, backbone: Settings) -> dict
         "hidden_dropout_prob": backbone.share("drop_rate", 0.0),
         "attention_probs_dropout_prob": backbone.share("attn_drop_rate", 0.0),
         "drop_path_rate": backbone.share("drop_path_rate", 0.0),
-        "position_interpolation": mode,
+        "position_interpolation": backbone.choice("interpolate_mode", INTERPOLATIONS, "bicubic"),
         "position_resize_rule": "count",
         "logits_resize": "squeeze",
     }
@@ -284,10 +264,8 @@ def _window_settings(model: Settings) -> dict[str, int]:
 
 def _processor(data: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """Normalisation, from the 0 to 255 scale to 0 to 1."""
-    data = data if isinstance(data, Mapping) else {}
-    mean, std = data.get("mean"), data.get("std")
-    if not _is_list(mean, config["num_channels"]) or not _is_list(std, config["num_channels"]):
-        raise CheckpointError("the config's data_preprocessor must have mean and std written out")
+    settings = Settings(data if isinstance(data, Mapping) else {}, "the config's data_preprocessor.")
+    mean, std = (settings.numbers(name, length=config["num_channels"]) for name in ("mean", "std"))
     return {"image_mean": [value / 255 for value in mean], "image_std": [value / 255 for value in std]}
 
 

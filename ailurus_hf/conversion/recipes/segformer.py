@@ -17,7 +17,9 @@ stored with the weights (which are parsed, never run), else it is that of all pu
 import ast
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,14 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 from ...modeling.modeling_ailurus_segformer import AiluRusSegformerForSemanticSegmentation
 from ...utils.errors import CheckpointError
 from ..reading.files import state_dict_of, strip_common_prefix
-from ..reading.settings import label_names
-from ..reading.sources import license_of, read_json, read_tensors
+from ..reading.python_config import python_configs
+from ..reading.settings import config_of, label_names
+from ..reading.sources import license_of, read_json_beside, read_preprocessing, read_tensors
 from ..recipe import Evidence, Plan, Recipe, Reference, Sign, SourceCheckpoint
-from ..rules import BATCH_NORM, PARAM, Drop, Flatten, Rename, Rule, SplitRows, fill, match
+from ..rules import BATCH_NORM, PARAM, Drop, Flatten, Rename, Rule, SplitRows, fill, match, renames
+from .timm_style import IMAGENET
 
-__all__ = ["ORIGINS", "RECIPE", "plan_segformer", "read_segformer", "segformer_rules"]
+__all__ = ["ORIGINS", "RECIPE", "RULES", "plan_segformer", "read_segformer"]
 
 CITATION = """@inproceedings{xie2021segformer,
   title={SegFormer: Simple and Efficient Design for Semantic Segmentation with Transformers},
@@ -58,104 +62,83 @@ EPS: Mapping[str, dict[str, float]] = {
 }
 
 
-def _renames(pairs: Mapping[str, str], source: str = "", target: str = "", optional: bool = False) -> tuple[Rule, ...]:
-    """Rules for weight and bias of layers, by the layers' names in source and target."""
-    return tuple(Rename(f"{source}{old}.{PARAM}", f"{target}{new}.{{param}}", optional) for old, new in pairs.items())
+# what our names begin with
+STAGE = "segformer.stages.{stage}."
+BLOCK = f"{STAGE}blocks.{{block}}."
+LEVEL = "decode_head.linear_projections.{stage}."
+
+
+def _reduction_rules(source: str, target: str, conv: str = "attn.sr", norm: str = "attn.norm") -> tuple[Rule, ...]:
+    reduction = "attention.sequence_reduction."
+    names = {conv: f"{reduction}sequence_reduction", norm: f"{reduction}layer_norm"}
+    return renames(names, source, target, optional=True)  # stages that reduce nothing have none
+
+
+def _block_rules(source: str, target: str, names: Mapping[str, str], fused: str, parts: str) -> Iterator[Rule]:
+    """The rules of a block of NVlabs or mmsegmentation, where one matrix, `fused`, holds several projections."""
+    yield from renames({"norm1": "layernorm_before", "norm2": "layernorm_after", **names}, source, target)
+    yield SplitRows(f"{source}{fused}{PARAM}", tuple(f"{target}attention.{part}_proj.{{param}}" for part in parts))
+    yield from _reduction_rules(source, target)
+
+
+def _fusion_rules(conv: str, norm: str, classifier: str) -> Iterator[Rule]:
+    yield Rename(f"decode_head.{conv}.weight", "decode_head.linear_fuse.weight")
+    yield Rename(f"decode_head.{norm}.{BATCH_NORM}", "decode_head.batch_norm.{param}")
+    yield Rename(f"decode_head.{classifier}.{PARAM}", "decode_head.classifier.{param}")
 
 
 def _transformers_4_rules() -> Iterator[Rule]:
-    old, new = "segformer.encoder.block.{stage}.{block}.", "segformer.stages.{stage}.blocks.{block}."
-    yield from _renames(
-        {
-            "layer_norm_1": "layernorm_before",
-            "attention.self.query": "attention.q_proj",
-            "attention.self.key": "attention.k_proj",
-            "attention.self.value": "attention.v_proj",
-            "attention.output.dense": "attention.o_proj",
-            "layer_norm_2": "layernorm_after",
-            "mlp.dense1": "mlp.fc1",
-            "mlp.dwconv.dwconv": "mlp.dwconv.dwconv",
-            "mlp.dense2": "mlp.fc2",
-        },
-        old,
-        new,
-    )
-    yield from _reduction_rules(old, new, "attention.self.sr", "attention.self.layer_norm")
-    yield Rename(
-        "segformer.encoder.patch_embeddings.{stage}.{rest:*}", "segformer.stages.{stage}.patch_embeddings.{rest}"
-    )
-    yield Rename(f"segformer.encoder.layer_norm.{{stage}}.{PARAM}", "segformer.stages.{stage}.layer_norm.{param}")
-    yield Rename(f"decode_head.linear_c.{{stage}}.proj.{PARAM}", "decode_head.linear_projections.{stage}.proj.{param}")
-    yield from _renames({"decode_head.classifier": "decode_head.classifier"})
-    yield Rename(f"decode_head.batch_norm.{BATCH_NORM}", "decode_head.batch_norm.{param}")
-    yield Rename("decode_head.linear_fuse.weight", "decode_head.linear_fuse.weight")
+    block = "segformer.encoder.block.{stage}.{block}."
+    names = {
+        "layer_norm_1": "layernorm_before",
+        "attention.self.query": "attention.q_proj",
+        "attention.self.key": "attention.k_proj",
+        "attention.self.value": "attention.v_proj",
+        "attention.output.dense": "attention.o_proj",
+        "layer_norm_2": "layernorm_after",
+        "mlp.dense1": "mlp.fc1",
+        "mlp.dwconv.dwconv": "mlp.dwconv.dwconv",
+        "mlp.dense2": "mlp.fc2",
+    }
+    yield from renames(names, block, BLOCK)
+    yield from _reduction_rules(block, BLOCK, "attention.self.sr", "attention.self.layer_norm")
+    yield Rename("segformer.encoder.patch_embeddings.{stage}.{rest:*}", f"{STAGE}patch_embeddings.{{rest}}")
+    yield from renames({"segformer.encoder.layer_norm.{stage}": f"{STAGE}layer_norm"})
+    yield from renames({"decode_head.linear_c.{stage}.proj": f"{LEVEL}proj"})
+    yield from _fusion_rules("linear_fuse", "batch_norm", "classifier")
 
 
 def _nvlabs_rules() -> Iterator[Rule]:
     for stage in STAGES:
-        old, new = f"backbone.block{stage + 1}.{{block}}.", f"segformer.stages.{stage}.blocks.{{block}}."
-        yield from _renames(
+        number, target = stage + 1, f"segformer.stages.{stage}."
+        block, our_block = f"backbone.block{number}.{{block}}.", f"{target}blocks.{{block}}."
+        names = {"attn.q": "attention.q_proj", "attn.proj": "attention.o_proj"}
+        names |= {"mlp.{name:fc1|dwconv.dwconv|fc2}": "mlp.{name}"}
+        yield from _block_rules(block, our_block, names, "attn.kv.", "kv")
+        yield from renames(
             {
-                "norm1": "layernorm_before",
-                "attn.q": "attention.q_proj",
-                "attn.proj": "attention.o_proj",
-                "norm2": "layernorm_after",
-                "mlp.fc1": "mlp.fc1",
-                "mlp.dwconv.dwconv": "mlp.dwconv.dwconv",
-                "mlp.fc2": "mlp.fc2",
-            },
-            old,
-            new,
+                f"backbone.patch_embed{number}.proj": f"{target}patch_embeddings.proj",
+                f"backbone.patch_embed{number}.norm": f"{target}patch_embeddings.layer_norm",
+                f"backbone.norm{number}": f"{target}layer_norm",
+                f"decode_head.linear_c{number}.proj": f"decode_head.linear_projections.{stage}.proj",
+            }
         )
-        targets = tuple(f"{new}attention.{name}_proj.{{param}}" for name in "kv")
-        yield SplitRows(f"{old}attn.kv.{PARAM}", targets)
-        yield from _reduction_rules(old, new)
-        stage_names = {f"patch_embed{stage + 1}.proj": "patch_embeddings.proj"}
-        stage_names |= {f"patch_embed{stage + 1}.norm": "patch_embeddings.layer_norm", f"norm{stage + 1}": "layer_norm"}
-        yield from _renames(stage_names, "backbone.", f"segformer.stages.{stage}.")
-        yield from _renames({f"decode_head.linear_c{stage + 1}.proj": f"decode_head.linear_projections.{stage}.proj"})
-    yield from _renames({"decode_head.linear_pred": "decode_head.classifier"})
-    yield Rename("decode_head.linear_fuse.conv.weight", "decode_head.linear_fuse.weight")
-    yield Rename(f"decode_head.linear_fuse.bn.{BATCH_NORM}", "decode_head.batch_norm.{param}")
+    yield from _fusion_rules("linear_fuse.conv", "linear_fuse.bn", "linear_pred")
     yield Drop(f"decode_head.conv_seg.{PARAM}", "a classifier that NVlabs' SegFormer head never uses", optional=True)
 
 
 def _mmseg_rules() -> Iterator[Rule]:
-    for stage in STAGES:
-        old, new = f"backbone.layers.{stage}.1.{{block}}.", f"segformer.stages.{stage}.blocks.{{block}}."
-        yield from _renames(
-            {
-                "norm1": "layernorm_before",
-                "attn.attn.out_proj": "attention.o_proj",
-                "norm2": "layernorm_after",
-                "ffn.layers.1": "mlp.dwconv.dwconv",
-            },
-            old,
-            new,
-        )
-        targets = tuple(f"{new}attention.{name}_proj.{{param}}" for name in "qkv")
-        yield SplitRows(f"{old}attn.attn.in_proj_{PARAM}", targets)
-        yield from _reduction_rules(old, new)
-        for number, name in ((0, "fc1"), (4, "fc2")):
-            yield Flatten(f"{old}ffn.layers.{number}.weight", f"{new}mlp.{name}.weight")
-            yield Rename(f"{old}ffn.layers.{number}.bias", f"{new}mlp.{name}.bias")
-        yield from _renames(
-            {"0.projection": "patch_embeddings.proj", "0.norm": "patch_embeddings.layer_norm", "2": "layer_norm"},
-            f"backbone.layers.{stage}.",
-            f"segformer.stages.{stage}.",
-        )
-    level = "decode_head.linear_projections.{stage}."
-    yield Flatten("decode_head.convs.{stage}.conv.weight", f"{level}proj.weight")
-    yield Rename(f"decode_head.convs.{{stage}}.bn.{BATCH_NORM}", f"{level}batch_norm.{{param}}")
-    yield Rename("decode_head.fusion_conv.conv.weight", "decode_head.linear_fuse.weight")
-    yield Rename(f"decode_head.fusion_conv.bn.{BATCH_NORM}", "decode_head.batch_norm.{param}")
-    yield from _renames({"decode_head.conv_seg": "decode_head.classifier"})
-
-
-def _reduction_rules(old: str, new: str, conv: str = "attn.sr", norm: str = "attn.norm") -> tuple[Rule, ...]:
-    reduction = "attention.sequence_reduction."
-    names = {conv: f"{reduction}sequence_reduction", norm: f"{reduction}layer_norm"}
-    return _renames(names, old, new, optional=True)  # stages that reduce nothing have none
+    stage, block = "backbone.layers.{stage}.", "backbone.layers.{stage}.1.{block}."
+    names = {"attn.attn.out_proj": "attention.o_proj", "ffn.layers.1": "mlp.dwconv.dwconv"}
+    yield from _block_rules(block, BLOCK, names, "attn.attn.in_proj_", "qkv")
+    for number, name in ((0, "fc1"), (4, "fc2")):
+        yield Flatten(f"{block}ffn.layers.{number}.weight", f"{BLOCK}mlp.{name}.weight")
+        yield Rename(f"{block}ffn.layers.{number}.bias", f"{BLOCK}mlp.{name}.bias")
+    names = {"0.projection": "patch_embeddings.proj", "0.norm": "patch_embeddings.layer_norm", "2": "layer_norm"}
+    yield from renames(names, stage, STAGE)
+    yield Flatten("decode_head.convs.{stage}.conv.weight", f"{LEVEL}proj.weight")
+    yield Rename(f"decode_head.convs.{{stage}}.bn.{BATCH_NORM}", f"{LEVEL}batch_norm.{{param}}")
+    yield from _fusion_rules("fusion_conv.conv", "fusion_conv.bn", "conv_seg")
 
 
 RULES: Mapping[str, tuple[Rule, ...]] = {
@@ -169,11 +152,6 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
 }
 
 
-def segformer_rules(origin: str) -> tuple[Rule, ...]:
-    """The whole table for one of `ORIGINS`."""
-    return RULES[origin]
-
-
 def read_segformer(weights: Path) -> SourceCheckpoint:
     """Read a checkpoint and the settings in it or beside it.
 
@@ -182,21 +160,10 @@ def read_segformer(weights: Path) -> SourceCheckpoint:
     """
     content = read_tensors(weights, objects=True)
     tensors = strip_common_prefix(state_dict_of(content, weights, "state_dict"))
-    meta = content.get("meta")
-    return SourceCheckpoint(weights, tensors, _description(weights, meta if isinstance(meta, Mapping) else {}))
-
-
-def _description(weights: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings: `config.json` and `preprocessor_config.json`, or the text of a Python config and the class names."""
-    found: dict[str, Any] = {}
-    for name in ("config.json", "preprocessor_config.json"):
-        if (path := weights.parent / name).is_file():
-            found[name] = read_json(path)
-    texts = [meta[name] for name in ("cfg", "config") if isinstance(meta.get(name), str)]
-    texts += [path.read_text(encoding="utf-8", errors="replace") for path in sorted(weights.parent.glob("*.py"))]
-    dataset = meta.get("dataset_meta")
-    classes = dataset.get("classes") if isinstance(dataset, Mapping) else meta.get("CLASSES")
-    return {**found, "python": texts, "classes": classes}
+    texts, labels = python_configs(content)
+    beside = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(weights.parent.glob("*.py"))]
+    settings = {"config.json": read_json_beside(weights), "python": [*texts.values(), *beside]}
+    return SourceCheckpoint(weights, tensors, {**settings, "classes": labels.get("classes")})
 
 
 def plan_segformer(checkpoint: SourceCheckpoint) -> Plan:
@@ -211,7 +178,7 @@ def plan_segformer(checkpoint: SourceCheckpoint) -> Plan:
             f"{checkpoint.weights_path} is no SegFormer of transformers, NVlabs or mmsegmentation: it holds none of "
             f"{', '.join(ORIGINS.values())}"
         )
-    rules = segformer_rules(origin)
+    rules = RULES[origin]
     # the table turns every origin's names into ours, so that sizes are read in one way
     config = _sizes(rules, checkpoint)
     heads, notes = _heads(checkpoint)
@@ -223,20 +190,20 @@ def plan_segformer(checkpoint: SourceCheckpoint) -> Plan:
     return Plan(
         config=config,
         rules=rules,
-        processor=_processor(checkpoint.description),
+        processor=_processor(checkpoint.weights_path),
         model_class=AiluRusSegformerForSemanticSegmentation,
-        reference=_native_forward(checkpoint.description.get("config.json"), heads),
+        reference=_native_forward(checkpoint.description["config.json"], heads),
         image_sizes=((64, 96), (50, 75)),
         license=license_of(checkpoint.weights_path.parent),
         notes=notes,
     )
 
 
-def _native_forward(settings: Mapping[str, Any] | None, heads: list[int]) -> Reference | None:
+def _native_forward(settings: Mapping[str, Any], heads: list[int]) -> Reference | None:
     """transformers' own class on the same tensors; `None` where its `config.json` is not there."""
-    if settings is None or settings.get("model_type") != "segformer":
+    if settings.get("model_type") != "segformer":
         return None
-    native = SegformerConfig.from_dict({**settings, "num_attention_heads": heads})
+    native = config_of(SegformerConfig, {**settings, "num_attention_heads": heads})
 
     def forward(tensors: Mapping[str, torch.Tensor], pixel_values: torch.Tensor) -> torch.Tensor:
         model = SegformerForSemanticSegmentation.from_pretrained(
@@ -265,13 +232,9 @@ def _sizes(rules: tuple[Rule, ...], checkpoint: SourceCheckpoint) -> dict[str, A
             f"{error}"
         ) from error
     reductions = [f"{stage(i)}blocks.0.attention.sequence_reduction.sequence_reduction.weight" for i in STAGES]
-    depths = []
-    for index in STAGES:
-        # not the largest number found: a name may claim block 10**12, and the check against the model finds gaps
-        depth = 0
-        while f"{stage(index)}blocks.{depth}.layernorm_before.weight" in shapes:
-            depth += 1
-        depths.append(depth)
+    # not the largest number found: a name may claim block 10**12, and the check against the model finds gaps
+    norms = [stage(index) + "blocks.{}.layernorm_before.weight" for index in STAGES]
+    depths = [next(depth for depth in count() if norm.format(depth) not in shapes) for norm in norms]
     return {
         "num_channels": patches[0][1],
         "depths": depths,
@@ -288,7 +251,7 @@ def _heads(checkpoint: SourceCheckpoint) -> tuple[list[int], tuple[str, ...]]:
     """Attention heads of the stages, and a note where they are a guess."""
     if "num_attention_heads" in checkpoint.overrides:
         return list(checkpoint.overrides["num_attention_heads"]), ()
-    native = checkpoint.description.get("config.json", {}).get("num_attention_heads")
+    native = checkpoint.description["config.json"].get("num_attention_heads")
     texts = checkpoint.description["python"]
     for heads in [native, *(value for text in texts for value in _values_in_python(text, "num_heads"))]:
         if isinstance(heads, list | tuple) and len(heads) == len(STAGES) and all(type(head) is int for head in heads):
@@ -311,32 +274,25 @@ def _values_in_python(text: str, name: str) -> Iterator[Any]:
             pairs = zip(node.keys, node.values, strict=True)
             values = [value for key, value in pairs if isinstance(key, ast.Constant) and key.value == name]
         for value in values:
-            try:
+            with suppress(ValueError, TypeError, SyntaxError, RecursionError):
                 yield ast.literal_eval(value)
-            except (ValueError, TypeError, SyntaxError, RecursionError):
-                continue
 
 
 def _stored_names(description: Mapping[str, Any], num_labels: int) -> Any:
     """The class names of the config, in order, else those beside the weights."""
-    stored = description.get("config.json", {}).get("id2label")
+    stored = description["config.json"].get("id2label")
     if isinstance(stored, Mapping):
         return [stored.get(str(index)) for index in range(num_labels)]
     return description["classes"]
 
 
-def _processor(description: Mapping[str, Any]) -> dict[str, Any]:
+def _processor(weights: Path) -> dict[str, Any]:
     """ImageNet normalisation, as all three origins have; size and numbers of `preprocessor_config.json` if there."""
-    stored = description.get("preprocessor_config.json", {})
-    size = stored.get("size")
-    if isinstance(size, int):
-        size = {"height": size, "width": size}
-    return {
-        "do_resize": isinstance(size, Mapping) and stored.get("do_resize", True) is True,
-        **({"size": dict(size)} if isinstance(size, Mapping) else {}),
-        "image_mean": stored.get("image_mean", [0.485, 0.456, 0.406]),
-        "image_std": stored.get("image_std", [0.229, 0.224, 0.225]),
-    }
+    stored = read_preprocessing(weights)
+    settings = IMAGENET | {name: stored[name] for name in IMAGENET if name in stored}
+    if isinstance(stored.get("size"), Mapping):
+        settings |= {"do_resize": stored.get("do_resize", True) is True, "size": stored["size"]}
+    return settings
 
 
 RECIPE = Recipe(

@@ -19,15 +19,15 @@ from ..reading.files import read_yaml, state_dict_of, strip_common_prefix
 from ..reading.settings import Settings
 from ..reading.sources import find_weights, read_tensors
 from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
-from ..references.segmenter import segmenter_logits
-from ..rules import PARAM, Drop, Rename, Rule, Transpose, match
-from .timm_style import block_rules, mlp_rules
+from ..references.segmenter import SegmenterForward
+from ..rules import PARAM, Drop, Rename, Rule, Transpose
+from .timm_style import IMAGENET, block_rules, count_blocks
 
 __all__ = ["RECIPE", "plan_segmenter", "read_segmenter", "segmenter_rules"]
 
 NORMALIZATIONS = {
     "vit": {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
-    "deit": {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
+    "deit": IMAGENET,
 }
 DECODER_HEAD_DIM = 64
 
@@ -39,34 +39,28 @@ CITATION = """@inproceedings{strudel2021segmenter,
 }"""
 
 
-def _block_rules(source: str, target: str) -> tuple[Rule, ...]:
-    """The rules of one stack of transformer blocks, the same in encoder and mask decoder."""
-    block, layer = f"{source}.blocks.{{layer}}", f"{target}.layers.{{layer}}"
-    return (*block_rules(block, layer), *mlp_rules(block, layer))
+def _unused(name: str, what: str) -> Rule:
+    return Drop(f"encoder.{name}.{PARAM}", f"the encoder's ImageNet {what}, unused by Segmenter", optional=True)
 
 
 ENCODER_RULES: tuple[Rule, ...] = (
     Rename("encoder.cls_token", "ailurus.embeddings.cls_token"),
     Rename("encoder.pos_embed", "ailurus.embeddings.position_embeddings"),
     Rename(f"encoder.patch_embed.proj.{PARAM}", "ailurus.embeddings.patch_embeddings.projection.{param}"),
-    *_block_rules("encoder", "ailurus"),
+    *block_rules("encoder.blocks.{layer}", "ailurus.layers.{layer}"),
     Rename(f"encoder.norm.{PARAM}", "ailurus.layernorm.{param}"),
-    Drop(f"encoder.head.{PARAM}", "the encoder's ImageNet classifier, unused by Segmenter", optional=True),
+    _unused("head", "classifier"),
 )
 DISTILLED_RULES: tuple[Rule, ...] = (
     Rename("encoder.dist_token", "ailurus.embeddings.distillation_token"),
-    Drop(
-        f"encoder.head_dist.{PARAM}",
-        "the encoder's ImageNet distillation classifier, unused by Segmenter",
-        optional=True,
-    ),
+    _unused("head_dist", "distillation classifier"),
 )
 DECODER_RULES: Mapping[str, tuple[Rule, ...]] = {
     "linear": (Rename(f"decoder.head.{PARAM}", "decode_head.classifier.{param}"),),
     "mask_transformer": (
         Rename("decoder.cls_emb", "decode_head.class_tokens"),
         Rename(f"decoder.proj_dec.{PARAM}", "decode_head.projection.{param}"),
-        *_block_rules("decoder", "decode_head"),
+        *block_rules("decoder.blocks.{layer}", "decode_head.layers.{layer}"),
         Rename(f"decoder.decoder_norm.{PARAM}", "decode_head.layernorm.{param}"),
         Transpose("decoder.proj_patch", "decode_head.patch_projection.weight"),
         Transpose("decoder.proj_classes", "decode_head.class_projection.weight"),
@@ -108,13 +102,8 @@ def plan_segmenter(checkpoint: SourceCheckpoint) -> Plan:
     config |= _window_config(variant)
     _check_number_of_blocks(checkpoint, config)
     processor, notes = _processor(variant, net)
-    reference = partial(
-        segmenter_logits,
-        patch_size=config["patch_size"],
-        grid_size=tuple(side // config["patch_size"] for side in config["image_size"]),
-        num_heads=config["num_attention_heads"],
-    )
     rules = segmenter_rules(config["decoder_type"], config["use_distillation_token"])
+    reference = SegmenterForward(config)
     return Plan(config=config, rules=rules, processor=processor, reference=reference, pads_images=True, notes=notes)
 
 
@@ -171,12 +160,10 @@ def _window_config(variant: Settings) -> dict[str, int]:
 def _check_number_of_blocks(checkpoint: SourceCheckpoint, config: Mapping[str, Any]) -> None:
     """Refuse an absurd number of layers before a model of that depth is built."""
     for part, layers in (("encoder", config["num_hidden_layers"]), ("decoder", config.get("decoder_num_layers", 0))):
-        norm = Rename(f"{part}.blocks.{{layer}}.{{rest:*}}", "")
-        found = [int(values["layer"]) for key in checkpoint.tensors if (values := match(norm, key)) is not None]
-        if layers > max(found, default=-1) + 1:
+        found = count_blocks(checkpoint.tensors, f"{part}.blocks.{{layer}}") if layers else 0
+        if layers > found:
             raise CheckpointError(
-                f"variant.yml gives the {part} {layers} layers, but {checkpoint.weights_path} holds blocks up to "
-                f"{part}.blocks.{max(found, default=-1)}" + ("" if found else " (none)")
+                f"variant.yml gives the {part} {layers} layers, but {checkpoint.weights_path} holds {found} of them"
             )
 
 
@@ -191,9 +178,8 @@ def _processor(variant: Settings, net: Settings) -> tuple[dict[str, Any], tuple[
     """
     dataset = variant.section("dataset_kwargs", default={})
     inference = variant.section("inference_kwargs", default={})
-    names = [section.values["normalization"] for section in (dataset, net) if "normalization" in section.values]
-    if not names or any(name not in NORMALIZATIONS for name in names):
-        raise CheckpointError(f"variant.yml: normalization must be 'vit' or 'deit', got {names or None!r}")
+    named = [section for section in (dataset, net) if "normalization" in section.values] or [net]
+    names = [section.choice("normalization", NORMALIZATIONS) for section in named]
     notes: tuple[str, ...] = ()
     if len(set(names)) > 1:
         notes = (f"dataset_kwargs and net_kwargs name different normalizations {names}; {names[0]!r} is used",)

@@ -16,24 +16,11 @@ from typing import Any
 from ...utils.errors import CheckpointError
 from ..reading.files import strip_common_prefix
 from ..reading.settings import Settings
-from ..reading.sources import license_of, read_json, read_tensors, tensors_of
+from ..reading.sources import license_of, read_json_beside, read_tensors, tensors_of
 from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
-from ..references.vit import ViTForward
-from ..rules import Rule
-from .timm_style import (
-    BARE,
-    BLOCK,
-    IN_MODEL,
-    TimmParts,
-    classifier_rules,
-    encoder_rules,
-    encoder_settings,
-    model_class,
-    position_settings,
-    rows_of,
-)
+from .timm_style import BARE, BLOCK, IN_MODEL, TimmParts, encoder_plan, encoder_settings, position_settings
 
-__all__ = ["RECIPE", "plan_timm", "read_timm", "timm_rules"]
+__all__ = ["RECIPE", "plan_timm", "read_timm"]
 
 # constructor arguments that change what the model computes, and the values of the model that can be ported
 PLAIN_ARGUMENTS: Mapping[str, tuple[Any, ...]] = {
@@ -48,6 +35,7 @@ UNPORTED_PARTS = {
     "attn_pool.latent": "attention pooling (global_pool='map')",
     "blocks.0.attn.norm.weight": "a norm inside the attention (scale_attn_norm)",
 }
+CLASSIFIERS = {"head": "classifier", "head_dist": "distillation_classifier"}
 POOLINGS = {"token": "cls", "avg": "mean"}
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # PIL's numbers
 
@@ -59,13 +47,6 @@ CITATION = """@misc{rw2019timm,
 }"""
 
 
-def timm_rules(parts: TimmParts) -> tuple[Rule, ...]:
-    """The whole table: encoder, and the classifiers when there are any."""
-    names = [name for name in ("head", "head_dist") if parts.has(f"{name}.weight")]
-    rules = encoder_rules(parts, "ailurus." if names else "")
-    return (*rules, *classifier_rules(names, ["classifier", "distillation_classifier"][: len(names)]))
-
-
 def read_timm(weights: Path) -> SourceCheckpoint:
     """Read the weights and, when it is beside them, timm's `config.json`.
 
@@ -74,9 +55,7 @@ def read_timm(weights: Path) -> SourceCheckpoint:
     """
     content = read_tensors(weights)
     tensors = strip_common_prefix(tensors_of(content, weights, "model"))
-    config = weights.parent / "config.json"
-    description = read_json(config) if config.is_file() else {}
-    return SourceCheckpoint(weights, tensors, description)
+    return SourceCheckpoint(weights, tensors, read_json_beside(weights))
 
 
 def plan_timm(checkpoint: SourceCheckpoint) -> Plan:
@@ -86,12 +65,11 @@ def plan_timm(checkpoint: SourceCheckpoint) -> Plan:
         CheckpointError: the tensors are not those of a plain ViT, a setting is not supported, or neither tells the
             number of heads or the grid.
     """
-    parts = TimmParts(frozenset(checkpoint.tensors))
+    parts = TimmParts(checkpoint.tensors)
     description = Settings(checkpoint.description, "config.json: ")
     arguments = description.section("model_args", default={})
     pretrained = description.section("pretrained_cfg", default={}).values or checkpoint.description
-    _check_plain(checkpoint, parts, arguments.values)
-    num_labels = rows_of(checkpoint, "head.weight")
+    _check_plain(checkpoint, parts, arguments)
     config = encoder_settings(
         checkpoint,
         parts,
@@ -101,28 +79,26 @@ def plan_timm(checkpoint: SourceCheckpoint) -> Plan:
     )
     config |= position_settings(antialias=True)
     config["pooling"] = _pooling(checkpoint, config, arguments.values)
-    if num_labels is not None:
-        config |= {"num_labels": num_labels, "use_distillation_classifier": parts.has("head_dist.weight")}
-    classifiers = tuple(name for name in ("head", "head_dist") if parts.has(f"{name}.weight"))
-    return Plan(
-        config=config,
-        rules=timm_rules(parts),
-        processor=_processor(pretrained, classify=num_labels is not None),
-        model_class=model_class(num_labels),
-        reference=ViTForward(config, antialias=True, classifiers=classifiers),
-        output="logits" if classifiers else "last_hidden_state",
-        recorded={"logits": "logits"} if classifiers else {"tokens": "last_hidden_state", "logits": "pooler_output"},
-        license=_license(checkpoint, pretrained),
+    license = pretrained.get("license")
+    classifiers = {name: target for name, target in CLASSIFIERS.items() if parts.has(f"{name}.weight")}
+    return encoder_plan(
+        checkpoint,
+        parts,
+        config,
+        classifiers=classifiers,
+        recorded=None if classifiers else {"tokens": "last_hidden_state", "logits": "pooler_output"},
+        processor=_processor(pretrained, classify=bool(classifiers)),
+        license=license if isinstance(license, str) else license_of(checkpoint.weights_path.parent),
     )
 
 
-def _check_plain(checkpoint: SourceCheckpoint, parts: TimmParts, arguments: Mapping[str, Any]) -> None:
+def _check_plain(checkpoint: SourceCheckpoint, parts: TimmParts, arguments: Settings) -> None:
     for name, what in UNPORTED_PARTS.items():
         if parts.has(name):
             raise CheckpointError(f"{checkpoint.weights_path} has {what}, which cannot be ported")
     for name, values in PLAIN_ARGUMENTS.items():
-        if name in arguments and arguments[name] not in values:
-            raise CheckpointError(f"config.json: model_args.{name} must be one of {values}, got {arguments[name]!r}")
+        if name in arguments.values:
+            arguments.choice(name, values)
 
 
 def _pooling(checkpoint: SourceCheckpoint, config: Mapping[str, Any], arguments: Mapping[str, Any]) -> str | None:
@@ -144,10 +120,8 @@ def _image_size(arguments: Settings, pretrained: Mapping[str, Any]) -> list[int]
 
 def _processor(pretrained: Mapping[str, Any], classify: bool) -> dict[str, Any]:
     """Normalisation and, for classifiers, timm's evaluation: resize the shorter side, then cut out the middle."""
-    processor: dict[str, Any] = {
-        "image_mean": _numbers(pretrained, "mean"),
-        "image_std": _numbers(pretrained, "std"),
-    }
+    settings = Settings(pretrained, "config.json: ")
+    processor: dict[str, Any] = {f"image_{name}": settings.numbers(name, [0.5, 0.5, 0.5]) for name in ("mean", "std")}
     size = pretrained.get("input_size")
     if classify and isinstance(size, list) and len(size) == 3:
         # timm resizes to input / crop_pct, so that the crop cuts out that share
@@ -162,18 +136,6 @@ def _processor(pretrained: Mapping[str, Any], classify: bool) -> dict[str, Any]:
     return processor
 
 
-def _numbers(pretrained: Mapping[str, Any], name: str) -> list[float]:
-    values = pretrained.get(name, [0.5, 0.5, 0.5])
-    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
-        raise CheckpointError(f"config.json: {name} must be a list of numbers, got {values!r}")
-    return [float(value) for value in values]
-
-
-def _license(checkpoint: SourceCheckpoint, pretrained: Mapping[str, Any]) -> str | None:
-    named = pretrained.get("license")
-    return named if isinstance(named, str) else license_of(checkpoint.weights_path.parent)
-
-
 RECIPE = Recipe(
     title="timm",
     url="https://github.com/huggingface/pytorch-image-models",
@@ -181,7 +143,7 @@ RECIPE = Recipe(
     signs=(
         Sign(
             "config.json with timm's 'architecture', and tensors named blocks.0.attn.qkv.weight",
-            lambda e: e.has(BLOCK) and "architecture" in (e.config or {}),
+            lambda e: e.has(BLOCK) and "architecture" in e.config,
         ),
         IN_MODEL,
         BARE,

@@ -5,20 +5,21 @@ The tensors tell nearly everything: sizes, which tokens there are, LayerScale, b
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ...modeling.modeling_ailurus import AiluRusForImageClassification, AiluRusModel
 from ...utils.errors import CheckpointError
 from ..reading.files import strip_common_prefix
 from ..reading.sources import read_tensors, tensors_of
-from ..recipe import Sign, SourceCheckpoint
-from ..rules import PARAM, Rename, Rule, SplitRows, match
+from ..recipe import Plan, Sign, SourceCheckpoint
+from ..references.vit import ViTForward
+from ..rules import PARAM, Rename, Rule, SplitRows, match, renames
 
 __all__ = [
     "BARE",
@@ -27,19 +28,16 @@ __all__ = [
     "IN_MODEL",
     "TimmParts",
     "block_rules",
-    "classifier_rules",
     "count_blocks",
+    "encoder_plan",
     "encoder_rules",
     "encoder_settings",
-    "mlp_rules",
-    "model_class",
-    "num_heads",
     "position_settings",
     "read_bare",
     "rows_of",
 ]
 
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+IMAGENET: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 PUBLISHED_HEADS = {
     192: 3,
     384: 6,
@@ -72,20 +70,21 @@ class TimmParts:
     """Which optional parts a checkpoint has, read off its tensor names.
 
     Args:
+        keys: the tensor names.
         prefix: what precedes each name of the encoder, such as "backbone." or "".
         register_name: what the register tokens are called, "reg_token" (timm) or "register_tokens" (DINOv2).
-        chunked: whether blocks are numbered twice, `blocks.<chunk>.<block>` (DINOv2 trained with FSDP).
     """
 
-    keys: frozenset[str]
+    keys: Collection[str]
     prefix: str = ""
     register_name: str = "reg_token"
-    chunked: bool = False
 
-    @property
+    @cached_property
     def block(self) -> str:
-        """The pattern of a block's names."""
-        return self.prefix + ("blocks.{chunk}.{layer}" if self.chunked else "blocks.{layer}")
+        """The pattern of a block's names, which DINOv2 trained with FSDP numbers twice: `blocks.<chunk>.<block>`."""
+        chunked = Rename(f"{self.prefix}blocks.{{chunk}}.{{layer}}.{{rest:*}}", "")
+        found = any(match(chunked, key) is not None for key in self.keys)
+        return self.prefix + ("blocks.{chunk}.{layer}" if found else "blocks.{layer}")
 
     def has(self, name: str) -> bool:
         """Whether there is a tensor of this name (without the prefix)."""
@@ -107,37 +106,28 @@ def read_bare(weights: Path, entry: str) -> SourceCheckpoint:
     return SourceCheckpoint(weights, strip_common_prefix(tensors), description={})
 
 
-def block_rules(block: str, layer: str, layer_scale: bool = False, qk_norm: bool = False) -> tuple[Rule, ...]:
-    """The rules of one block's attention, norms and, where wanted, LayerScale and query and key norms; not the MLP.
+def block_rules(
+    block: str, layer: str, layer_scale: bool = False, qk_norm: bool = False, gated: bool = False
+) -> tuple[Rule, ...]:
+    """The rules of one block: attention, norms, MLP and, where wanted, LayerScale and query and key norms.
 
     Args:
         block: pattern of the source's block, such as "blocks.{layer}".
         layer: the model's layer, such as "ailurus.layers.{layer}".
+        gated: whether the MLP is DINOv2's; the rows of its fused `w12` are the gate, then the value.
     """
     qkv = tuple(f"{layer}.attention.{name}_proj.{{param}}" for name in "qkv")
-    rules: tuple[Rule, ...] = (
-        Rename(f"{block}.norm1.{PARAM}", f"{layer}.layernorm_before.{{param}}"),
-        SplitRows(f"{block}.attn.qkv.{PARAM}", qkv),
-        Rename(f"{block}.attn.proj.{PARAM}", f"{layer}.attention.o_proj.{{param}}"),
-        Rename(f"{block}.norm2.{PARAM}", f"{layer}.layernorm_after.{{param}}"),
-    )
+    names = {"norm1": "layernorm_before", "attn.proj": "attention.o_proj", "norm2": "layernorm_after"}
+    if qk_norm:
+        names |= {"attn.{norm:q_norm|k_norm}": "attention.{norm}"}
+    names |= {"mlp.w3": "mlp.down_proj"} if gated else {"mlp.{fc:fc1|fc2}": "mlp.{fc}"}
+    rules = (*renames(names, f"{block}.", f"{layer}."), SplitRows(f"{block}.attn.qkv.{PARAM}", qkv))
     if layer_scale:
         rules += tuple(Rename(f"{block}.ls{i}.gamma", f"{layer}.layer_scale{i}.lambda1") for i in (1, 2))
-    if qk_norm:
-        names = "{name:q_norm|k_norm}.{param:weight|bias}"
-        rules += (Rename(f"{block}.attn.{names}", f"{layer}.attention.{{name}}.{{param}}"),)
+    if gated:
+        gate_and_value = tuple(f"{layer}.mlp.{name}_proj.{{param}}" for name in ("gate", "up"))
+        rules += (SplitRows(f"{block}.mlp.w12.{PARAM}", gate_and_value),)
     return rules
-
-
-def mlp_rules(block: str, layer: str, gated: bool = False) -> tuple[Rule, ...]:
-    """The rules of one block's MLP; the rows of DINOv2's fused `w12` are the gate, then the value."""
-    if not gated:
-        return (Rename(f"{block}.mlp.{{fc:fc1|fc2}}.{PARAM}", f"{layer}.mlp.{{fc}}.{{param}}"),)
-    gate_and_value = tuple(f"{layer}.mlp.{name}_proj.{{param}}" for name in ("gate", "up"))
-    return (
-        SplitRows(f"{block}.mlp.w12.{PARAM}", gate_and_value),
-        Rename(f"{block}.mlp.w3.{PARAM}", f"{layer}.mlp.down_proj.{{param}}"),
-    )
 
 
 def encoder_rules(parts: TimmParts, target: str) -> tuple[Rule, ...]:
@@ -146,23 +136,16 @@ def encoder_rules(parts: TimmParts, target: str) -> tuple[Rule, ...]:
     Args:
         target: what precedes the model's names, "ailurus." in a model with a head, else "".
     """
-    source, layer = parts.prefix, f"{target}layers.{{layer}}"
+    source, block, layer = parts.prefix, parts.block, f"{target}layers.{{layer}}"
+    layer_scale, qk_norm = parts.block_has("ls1.gamma"), parts.block_has("attn.q_norm.weight")
     tokens = {"cls_token": "cls_token", "dist_token": "distillation_token", parts.register_name: "register_tokens"}
     norms = {"norm": "layernorm", "fc_norm": "pooler_norm"}
     return (
         *(Rename(source + name, f"{target}embeddings.{new}") for name, new in tokens.items() if parts.has(name)),
         Rename(f"{source}pos_embed", f"{target}embeddings.position_embeddings"),
-        Rename(
-            f"{source}patch_embed.proj.{PARAM}",
-            f"{target}embeddings.patch_embeddings.projection.{{param}}",
-        ),
-        *block_rules(parts.block, layer, parts.block_has("ls1.gamma"), qk_norm=parts.block_has("attn.q_norm.weight")),
-        *mlp_rules(parts.block, layer, gated=parts.block_has("mlp.w12.weight")),
-        *(
-            Rename(f"{source}{name}.{PARAM}", f"{target}{new}.{{param}}")
-            for name, new in norms.items()
-            if parts.has(f"{name}.weight")
-        ),
+        *renames({"patch_embed.proj": "embeddings.patch_embeddings.projection"}, source, target),
+        *block_rules(block, layer, layer_scale, qk_norm, gated=parts.block_has("mlp.w12.weight")),
+        *renames({name: new for name, new in norms.items() if parts.has(f"{name}.weight")}, source, target),
     )
 
 
@@ -182,26 +165,43 @@ def encoder_settings(
         heads: number of attention heads, where the source knows.
 
     Raises:
-        CheckpointError: a tensor that every ViT has is missing or of another kind, or the grid cannot be told.
+        CheckpointError: a tensor that every ViT has is missing or of another kind, or the number of heads or the
+            grid cannot be told.
     """
     patches = _tensor(checkpoint, f"{parts.prefix}patch_embed.proj.weight", ndim=4)
     hidden_size, num_channels, patch_size, patch_width = patches.shape
     if patch_size != patch_width:
         raise CheckpointError(f"patches of {patch_size} x {patch_width} pixels are not supported: they must be square")
-    settings = {
+    layers = count_blocks(checkpoint.tensors, parts.block)
+    # what the user says, what the source says, or that of published ViTs this wide
+    heads = checkpoint.overrides.get("num_attention_heads", heads) or PUBLISHED_HEADS.get(hidden_size)
+    if type(heads) is not int:
+        raise CheckpointError(
+            f"{checkpoint.weights_path} does not tell its number of attention heads, and none is published for tokens "
+            f"{hidden_size} wide; add --set num_attention_heads=N"
+        )
+    # all blocks have the same sizes, or the check against the model names the one that has not
+    gated, first = parts.block_has("mlp.w12.weight"), parts.block.format(chunk=0, layer=0)
+    mlp_rows = rows_of(checkpoint, f"{first}.mlp.{'w12' if gated else 'fc1'}.weight")
+    name = parts.prefix + parts.register_name
+    registers = _tensor(checkpoint, name, ndim=3).shape[1] if name in checkpoint.tensors else 0
+    settings: dict[str, Any] = {
         "hidden_size": hidden_size,
         "num_channels": num_channels,
         "patch_size": patch_size,
-        "num_hidden_layers": count_blocks(checkpoint.tensors, parts.block),
-        "num_attention_heads": num_heads(checkpoint, hidden_size, heads),
-        **_mlp_settings(checkpoint, parts),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "use_swiglu_ffn": gated,
+        "intermediate_size": mlp_rows // 2 if gated else mlp_rows,
         "patch_bias": parts.has("patch_embed.proj.bias"),
         "qkv_bias": parts.block_has("attn.qkv.bias"),
         "use_qk_norm": parts.block_has("attn.q_norm.weight"),
         "layerscale_value": 1.0 if parts.block_has("ls1.gamma") else None,
         "use_final_norm": parts.has("norm.weight"),
         "use_pooler_norm": parts.has("fc_norm.weight"),
-        **_token_settings(checkpoint, parts),
+        "use_cls_token": parts.has("cls_token"),
+        "use_distillation_token": parts.has("dist_token"),
+        "num_register_tokens": registers,
         "layer_norm_eps": 1e-6,
     }
     tokens = settings["use_cls_token"] + settings["use_distillation_token"] + settings["num_register_tokens"]
@@ -210,21 +210,6 @@ def encoder_settings(
     size = checkpoint.overrides.get("image_size", image_size)
     settings["image_size"] = size or _square(rows - settings["num_prefix_positions"], patch_size)
     return settings
-
-
-def num_heads(checkpoint: SourceCheckpoint, hidden_size: int, told: Any = None) -> int:
-    """The number of attention heads: what the user says, what the source says, or that of published ViTs this wide.
-
-    Raises:
-        CheckpointError: nobody knows.
-    """
-    heads = checkpoint.overrides.get("num_attention_heads", told) or PUBLISHED_HEADS.get(hidden_size)
-    if type(heads) is not int:
-        raise CheckpointError(
-            f"{checkpoint.weights_path} does not tell its number of attention heads, and none is published for tokens "
-            f"{hidden_size} wide; add --set num_attention_heads=N"
-        )
-    return heads
 
 
 def count_blocks(tensors: Mapping[str, Any], block: str) -> int:
@@ -253,33 +238,44 @@ def position_settings(offset: float = 0.0, antialias: bool = False) -> dict[str,
     }
 
 
-def model_class(num_labels: int | None) -> type[PreTrainedModel]:
-    """The class of the result: with a classifier, or the bare encoder."""
-    return AiluRusModel if num_labels is None else AiluRusForImageClassification
+def encoder_plan(
+    checkpoint: SourceCheckpoint,
+    parts: TimmParts,
+    config: Mapping[str, Any],
+    *,
+    classifiers: Mapping[str, str] = {},
+    unused: tuple[Rule, ...] = (),
+    recorded: Mapping[str, str] | None = None,
+    processor: Mapping[str, Any] = IMAGENET,
+    license: str | None = None,
+) -> Plan:
+    """The plan for a bare encoder, or for one with classifiers.
+
+    Args:
+        config: fields of the model's config, except those of the classifiers.
+        classifiers: names of the classifiers that the source has -> ours.
+        unused: rules for what has no place in the model.
+        recorded, processor, license: as in `Plan`.
+    """
+    config = dict(config)
+    if classifiers:
+        config["num_labels"] = rows_of(checkpoint, f"{next(iter(classifiers))}.weight")
+        config["use_distillation_classifier"] = len(classifiers) > 1
+    return Plan(
+        config=config,
+        rules=(*encoder_rules(parts, "ailurus." if classifiers else ""), *renames(classifiers), *unused),
+        processor=dict(processor),
+        model_class=AiluRusForImageClassification if classifiers else AiluRusModel,
+        reference=ViTForward(config, parts.prefix, parts.register_name, tuple(classifiers)),
+        output="logits" if classifiers else "last_hidden_state",
+        recorded=recorded or {"logits": "logits"},
+        license=license,
+    )
 
 
-def rows_of(checkpoint: SourceCheckpoint, name: str) -> int | None:
-    """The number of rows of a matrix, such as a classifier's classes; `None` when there is no such tensor."""
-    return _tensor(checkpoint, name, ndim=2).shape[0] if name in checkpoint.tensors else None
-
-
-def _mlp_settings(checkpoint: SourceCheckpoint, parts: TimmParts) -> dict[str, Any]:
-    # all blocks have the same sizes, or the check against the model names the one that has not
-    first = parts.block.format(chunk=0, layer=0)
-    if parts.block_has("mlp.w12.weight"):
-        rows = _tensor(checkpoint, f"{first}.mlp.w12.weight", ndim=2).shape[0]
-        return {"use_swiglu_ffn": True, "intermediate_size": rows // 2}
-    return {"intermediate_size": _tensor(checkpoint, f"{first}.mlp.fc1.weight", ndim=2).shape[0]}
-
-
-def _token_settings(checkpoint: SourceCheckpoint, parts: TimmParts) -> dict[str, Any]:
-    registers = parts.has(parts.register_name)
-    name = parts.prefix + parts.register_name
-    return {
-        "use_cls_token": parts.has("cls_token"),
-        "use_distillation_token": parts.has("dist_token"),
-        "num_register_tokens": _tensor(checkpoint, name, ndim=3).shape[1] if registers else 0,
-    }
+def rows_of(checkpoint: SourceCheckpoint, name: str) -> int:
+    """The number of rows of a matrix, such as a classifier's classes."""
+    return _tensor(checkpoint, name, ndim=2).shape[0]
 
 
 def _square(rows: int, patch_size: int) -> int:
@@ -299,8 +295,3 @@ def _tensor(checkpoint: SourceCheckpoint, name: str, ndim: int) -> torch.Tensor:
     if tensor.ndim != ndim or 0 in tensor.shape:
         raise CheckpointError(f"{name} must have {ndim} axes, got shape {tuple(tensor.shape)}")
     return tensor
-
-
-def classifier_rules(names: Sequence[str], targets: Sequence[str]) -> tuple[Rule, ...]:
-    """The classifiers, named `names` in the source."""
-    return tuple(Rename(f"{name}.{PARAM}", f"{target}.{{param}}") for name, target in zip(names, targets, strict=True))

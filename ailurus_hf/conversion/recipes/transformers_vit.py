@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from ...modeling.modeling_ailurus import AiluRusForImageClassification, AiluRusModel
 from ...utils.errors import CheckpointError
-from ..reading.sources import license_of, read_json, read_tensors, tensors_of
+from ..reading.settings import config_of
+from ..reading.sources import license_of, read_json_beside, read_preprocessing, read_tensors, tensors_of
 from ..recipe import Plan, Recipe, Reference, Sign, SourceCheckpoint
-from ..rules import PARAM, Drop, Rename, Rule, SplitRows
+from ..rules import PARAM, Drop, Rename, Rule, SplitRows, renames
 from ..unsupported import refuse_unsupported
-from .timm_style import classifier_rules, model_class, position_settings, rows_of
+from .timm_style import position_settings, rows_of
 
 __all__ = ["FAMILIES", "RECIPE", "Family", "plan_transformers", "read_transformers", "transformers_rules"]
 
@@ -32,64 +33,48 @@ class Family:
     """One model family of transformers.
 
     Args:
-        base: the class without a head.
-        prefix: what precedes the encoder's names in a model with a head.
-        classifiers: classifier in the source's names -> the class that has it.
+        name: what the names of its classes begin with.
         pooling: what the classifier looks at.
         dinov2_names: names of DINOv2's layers, else of ViT's.
         prefix_positions: rows of the position table before those of the patches: class and distillation token.
         antialias: whether positions are resized with a filter.
     """
 
-    base: str
-    prefix: str
-    classifiers: Mapping[str, str]
+    name: str
     pooling: str = "cls"
     dinov2_names: bool = False
     prefix_positions: int = 1
     antialias: bool = False
 
+    def native_class(self, classifier: str | None = None) -> Any:
+        """The class with this classifier, or that without a head; `None` where transformers has no such class."""
+        return getattr(transformers, self.name + CLASSES[classifier], None)
+
 
 FAMILIES: Mapping[str, Family] = {  # by model_type
-    "vit": Family("ViTModel", "vit", {"classifier": "ViTForImageClassification"}),
-    "deit": Family(
-        "DeiTModel",
-        "deit",
-        {"classifier": "DeiTForImageClassification", "cls_classifier": "DeiTForImageClassificationWithTeacher"},
-        prefix_positions=2,
-    ),
-    "vit_mae": Family("ViTMAEModel", "vit", {}),
-    "ijepa": Family(
-        "IJepaModel", "ijepa", {"classifier": "IJepaForImageClassification"}, pooling="mean", prefix_positions=0
-    ),
-    "dinov2": Family(
-        "Dinov2Model",
-        "dinov2",
-        {"classifier": "Dinov2ForImageClassification"},
-        pooling="cls_mean",
-        dinov2_names=True,
-    ),
-    "dinov2_with_registers": Family(
-        "Dinov2WithRegistersModel",
-        "dinov2_with_registers",
-        {"classifier": "Dinov2WithRegistersForImageClassification"},
-        pooling="cls_mean",
-        dinov2_names=True,
-        antialias=True,
-    ),
+    "vit": Family("ViT"),
+    "deit": Family("DeiT", prefix_positions=2),
+    "vit_mae": Family("ViTMAE"),
+    "ijepa": Family("IJepa", pooling="mean", prefix_positions=0),
+    "dinov2": Family("Dinov2", pooling="cls_mean", dinov2_names=True),
+    "dinov2_with_registers": Family("Dinov2WithRegisters", pooling="cls_mean", dinov2_names=True, antialias=True),
 }
-PROCESSOR_FIELDS = (
-    "do_resize",
-    "size",
-    "resample",
-    "do_center_crop",
-    "crop_size",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-)
+# classifier in the source's names -> what the name of its class ends with
+CLASSES: Mapping[str | None, str] = {
+    None: "Model",
+    "classifier": "ForImageClassification",
+    "cls_classifier": "ForImageClassificationWithTeacher",
+}
+# by version of transformers: names in a layer -> ours
+ATTENTION: Mapping[int, Mapping[str, str]] = {
+    4: {
+        "attention.attention.query": "attention.q_proj",
+        "attention.attention.key": "attention.k_proj",
+        "attention.attention.value": "attention.v_proj",
+        "attention.output.dense": "attention.o_proj",
+    },
+    5: {"attention.{name:q_proj|k_proj|v_proj|o_proj}": "attention.{name}"},
+}
 
 
 def transformers_rules(
@@ -109,59 +94,34 @@ def transformers_rules(
     tokens += [("position_embeddings", True), ("register_tokens", registers)]
     return (
         *(Rename(f"{prefix}embeddings.{name}", f"{target}embeddings.{name}") for name, there in tokens if there),
-        Rename(
-            f"{prefix}embeddings.patch_embeddings.projection.{PARAM}",
-            f"{target}embeddings.patch_embeddings.projection.{{param}}",
-        ),
-        *_attention_rules(version, block, layer),
-        *_norm_rules(family, block, layer),
-        *_mlp_rules(family, version, block, layer, gated),
-        Rename(f"{prefix}layernorm.{PARAM}", f"{target}layernorm.{{param}}"),
+        *_layer_rules(family, version, block, layer, gated),
+        *renames({name: name for name in ("embeddings.patch_embeddings.projection", "layernorm")}, prefix, target),
         Drop(f"{prefix}embeddings.mask_token", "stands for masked patches, used only in pre-training", optional=True),
         Drop(f"{prefix}pooler.dense.{PARAM}", "a projection of the class token, unused by the heads", optional=True),
         Drop("decoder.{rest:*}", "the decoder that reconstructs pixels, used only in pre-training", optional=True),
     )
 
 
-def _attention_rules(version: int, block: str, layer: str) -> tuple[Rule, ...]:
-    if version == 5:
-        names = "{name:q_proj|k_proj|v_proj|o_proj}"
-        return (Rename(f"{block}.attention.{names}.{PARAM}", f"{layer}.attention.{{name}}.{{param}}"),)
-    renamed = {"attention.query": "q_proj", "attention.key": "k_proj", "attention.value": "v_proj"}
-    renamed |= {"output.dense": "o_proj"}
-    return tuple(
-        Rename(f"{block}.attention.{old}.{PARAM}", f"{layer}.attention.{new}.{{param}}") for old, new in renamed.items()
-    )
-
-
-def _norm_rules(family: Family, block: str, layer: str) -> tuple[Rule, ...]:
-    if not family.dinov2_names:
-        names = "{name:layernorm_before|layernorm_after}"
-        return (Rename(f"{block}.{names}.{PARAM}", f"{layer}.{{name}}.{{param}}"),)
-    scales = "{name:layer_scale1|layer_scale2}.lambda1"
-    return (
-        Rename(f"{block}.norm1.{PARAM}", f"{layer}.layernorm_before.{{param}}"),
-        Rename(f"{block}.norm2.{PARAM}", f"{layer}.layernorm_after.{{param}}"),
-        Rename(f"{block}.{scales}", f"{layer}.{{name}}.lambda1"),
-    )
-
-
-def _mlp_rules(family: Family, version: int, block: str, layer: str, gated: bool) -> tuple[Rule, ...]:
+def _layer_rules(family: Family, version: int, block: str, layer: str, gated: bool) -> tuple[Rule, ...]:
+    names = dict(ATTENTION[version])
+    special: tuple[Rule, ...] = ()
+    if family.dinov2_names:
+        names |= {"norm1": "layernorm_before", "norm2": "layernorm_after"}
+        scales = "{name:layer_scale1|layer_scale2}.lambda1"
+        special += (Rename(f"{block}.{scales}", f"{layer}.{{name}}.lambda1"),)
+    else:
+        names |= {"{name:layernorm_before|layernorm_after}": "{name}"}
     if gated and version == 4:
+        names |= {"mlp.weights_out": "mlp.down_proj"}
         fused = tuple(f"{layer}.mlp.{name}_proj.{{param}}" for name in ("gate", "up"))
-        return (
-            SplitRows(f"{block}.mlp.weights_in.{PARAM}", fused),
-            Rename(f"{block}.mlp.weights_out.{PARAM}", f"{layer}.mlp.down_proj.{{param}}"),
-        )
-    if gated:
-        names = "{name:gate_proj|up_proj|down_proj}"
-        return (Rename(f"{block}.mlp.{names}.{PARAM}", f"{layer}.mlp.{{name}}.{{param}}"),)
-    if version == 4 and not family.dinov2_names:
-        return (
-            Rename(f"{block}.intermediate.dense.{PARAM}", f"{layer}.mlp.fc1.{{param}}"),
-            Rename(f"{block}.output.dense.{PARAM}", f"{layer}.mlp.fc2.{{param}}"),
-        )
-    return (Rename(f"{block}.mlp.{{name:fc1|fc2}}.{PARAM}", f"{layer}.mlp.{{name}}.{{param}}"),)
+        special += (SplitRows(f"{block}.mlp.weights_in.{PARAM}", fused),)
+    elif gated:
+        names |= {"mlp.{name:gate_proj|up_proj|down_proj}": "mlp.{name}"}
+    elif version == 4 and not family.dinov2_names:
+        names |= {"intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2"}
+    else:
+        names |= {"mlp.{name:fc1|fc2}": "mlp.{name}"}
+    return renames(names, f"{block}.", f"{layer}.") + special
 
 
 def read_transformers(weights: Path) -> SourceCheckpoint:
@@ -171,10 +131,7 @@ def read_transformers(weights: Path) -> SourceCheckpoint:
         FileNotFoundError: `config.json` is missing.
         CheckpointError: a file is unreadable or unsafe, or of a family that is not ported.
     """
-    config = weights.parent / "config.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"no config.json beside {weights}: transformers checkpoints keep their settings there")
-    description = read_json(config)
+    description, config = read_json_beside(weights, needed_by="transformers"), weights.parent / "config.json"
     model_type = description.get("model_type")
     refuse_unsupported(weights.parent, model_type=model_type)
     if str(model_type) not in FAMILIES:
@@ -191,11 +148,13 @@ def plan_transformers(checkpoint: SourceCheckpoint) -> Plan:
         CheckpointError: a setting is not valid or not supported.
     """
     family = FAMILIES[checkpoint.description["model_type"]]
-    native = _native_config(checkpoint)
-    classifier = next((name for name in family.classifiers if f"{name}.weight" in checkpoint.tensors), None)
+    native = config_of(CONFIG_MAPPING[checkpoint.description["model_type"]], checkpoint.description)
+    known = [name for name in CLASSES if name is not None and family.native_class(name) is not None]
+    classifier = next((name for name in known if f"{name}.weight" in checkpoint.tensors), None)
     config = _settings(native, family) | _label_settings(checkpoint, native, family, classifier)
-    keys = frozenset(checkpoint.tensors)
-    prefix = f"{family.prefix}." if any(key.startswith(f"{family.prefix}.") for key in keys) else ""
+    keys = checkpoint.tensors.keys()
+    base = f"{family.native_class().base_model_prefix}."
+    prefix = base if any(key.startswith(base) for key in keys) else ""
     # only names tell: the version in config.json is that of whoever saved it last, and 5 can write both
     version = 4 if any(".attention.attention." in key for key in keys) else 5
     target = "" if classifier is None else "ailurus."
@@ -206,20 +165,13 @@ def plan_transformers(checkpoint: SourceCheckpoint) -> Plan:
     return Plan(
         config=config,
         rules=rules + _classifier_rules(classifier),
-        processor=_processor(checkpoint.weights_path.parent / "preprocessor_config.json"),
-        model_class=model_class(config.get("num_labels")),
+        processor=read_preprocessing(checkpoint.weights_path),
+        model_class=AiluRusModel if classifier is None else AiluRusForImageClassification,
         reference=_native_forward(native, family, classifier),
         output="last_hidden_state" if classifier is None else "logits",
         resizes=height == width,  # the native classes take the square root of the number of positions
         license=license_of(checkpoint.weights_path.parent),
     )
-
-
-def _native_config(checkpoint: SourceCheckpoint) -> PreTrainedConfig:
-    try:
-        return CONFIG_MAPPING[checkpoint.description["model_type"]].from_dict(dict(checkpoint.description))
-    except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"config.json is not valid: {' '.join(str(error).split())}") from error
 
 
 def _settings(native: PreTrainedConfig, family: Family) -> dict[str, Any]:
@@ -269,11 +221,10 @@ def _label_settings(
 
 
 def _classifier_rules(classifier: str | None) -> tuple[Rule, ...]:
-    if classifier is None:
-        return ()
+    names = {} if classifier is None else {classifier: "classifier"}
     if classifier == "cls_classifier":
-        return classifier_rules([classifier, "distillation_classifier"], ["classifier", "distillation_classifier"])
-    return classifier_rules([classifier], ["classifier"])
+        names["distillation_classifier"] = "distillation_classifier"
+    return renames(names)
 
 
 def _intermediate_size(native: PreTrainedConfig, family: Family, gated: bool) -> int:
@@ -289,26 +240,14 @@ def _pair(native: PreTrainedConfig, name: str) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 
 
-def _processor(path: Path) -> dict[str, Any]:
-    """The native preprocessing; ImageNet's old spelling `size: 224` is a square."""
-    if not path.is_file():
-        return {}
-    settings = {name: value for name, value in read_json(path).items() if name in PROCESSOR_FIELDS}
-    for name in ("size", "crop_size"):
-        if isinstance(side := settings.get(name), int):
-            settings[name] = {"height": side, "width": side}
-    return settings
-
-
 def _native_forward(native: PreTrainedConfig, family: Family, classifier: str | None) -> Reference:
     """The native class on the same tensors, with nothing masked."""
-    name = family.base if classifier is None else family.classifiers[classifier]
     config = deepcopy(native)
     if hasattr(config, "mask_ratio"):
         config.mask_ratio = 0.0  # else three quarters of the patches are left out, at random
 
     def forward(tensors: Mapping[str, torch.Tensor], pixel_values: torch.Tensor) -> torch.Tensor:
-        model = getattr(transformers, name).from_pretrained(
+        model = family.native_class(classifier).from_pretrained(
             None, config=deepcopy(config), state_dict=dict(tensors), dtype=pixel_values.dtype
         )
         arguments: dict[str, Any] = {}

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, gelu, interpolate, layer_norm, linear, pad, silu
+from torch.nn.functional import conv2d, gelu, interpolate, layer_norm, pad, silu
+from torch.nn.functional import linear as matrix_product
 
-__all__ = ["ViTForward"]
+__all__ = ["Tensors", "ViTForward", "linear", "norm", "run_blocks", "under"]
 
 Tensors = Mapping[str, Tensor]
 
@@ -25,33 +26,28 @@ class ViTForward:
         config: fields of `AiluRusConfig` found by the recipe.
         prefix: what precedes each name of the encoder.
         register_name: what the register tokens are called.
-        antialias: whether positions are resized with a filter.
-        offset: added to the target grid's sides to form the scale factor; 0 resizes to the exact size.
         classifiers: names of the classifiers whose logits are averaged; none returns all tokens.
     """
 
     config: Mapping[str, Any]
     prefix: str = ""
     register_name: str = "reg_token"
-    antialias: bool = False
-    offset: float = 0.0
     classifiers: tuple[str, ...] = ()
 
     def __call__(self, tensors: Tensors, pixel_values: Tensor) -> Tensor:
         """Logits (batch_size, num_labels), or tokens (batch_size, prefix + N, hidden_size) without classifiers."""
-        own = {name.removeprefix(self.prefix): tensor for name, tensor in tensors.items()}
+        own, eps = under(self.prefix, tensors), self.config["layer_norm_eps"]
         tokens, num_prefix = self._embed(own, pixel_values)
-        for block in _blocks(own):
-            tokens = self._block(block, tokens)
+        tokens = run_blocks(own, tokens, self.config["num_attention_heads"], eps)
         if "norm.weight" in own:
-            tokens = self._norm(own, "norm", tokens)
+            tokens = norm(own, "norm", tokens, eps)
         if not self.classifiers:
             return tokens
         pooled = tokens[:, num_prefix:].mean(1) if self.config.get("pooling") == "mean" else tokens[:, 0]
         if "fc_norm.weight" in own:
-            pooled = self._norm(own, "fc_norm", pooled)
+            pooled = norm(own, "fc_norm", pooled, eps)
         seen = [pooled, tokens[:, 1]]  # the second classifier, if any, looks at the distillation token
-        logits = [_linear(own, name, vector) for name, vector in zip(self.classifiers, seen, strict=False)]
+        logits = [linear(own, name, vector) for name, vector in zip(self.classifiers, seen, strict=False)]
         return torch.stack(logits).mean(0)
 
     def _embed(self, own: Tensors, pixel_values: Tensor) -> tuple[Tensor, int]:
@@ -72,52 +68,63 @@ class ViTForward:
         return torch.cat([*first, patches], dim=1) + torch.cat([leading, positions], dim=1), num_prefix
 
     def _positions(self, rows: Tensor, trained: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-        if grid == trained:
+        same_count = self.config["position_resize_rule"] == "count" and rows.shape[1] == grid[0] * grid[1]
+        if grid == trained or same_count:
             return rows
         table = rows.transpose(1, 2).unflatten(2, trained)
+        mode, antialias = self.config["position_interpolation"], self.config.get("position_antialias", False)
         # a scale, not a size: where the table is sampled differs, which is what the originals computed with
-        if self.offset:
-            scale = tuple((new + self.offset) / old for new, old in zip(grid, trained, strict=True))
-            table = interpolate(table, scale_factor=scale, mode="bicubic", antialias=self.antialias)
+        if offset := self.config.get("position_offset"):
+            scale = tuple((new + offset) / old for new, old in zip(grid, trained, strict=True))
+            table = interpolate(table, scale_factor=scale, mode=mode, antialias=antialias)
         else:
-            table = interpolate(table, size=grid, mode="bicubic", antialias=self.antialias)
+            table = interpolate(table, size=grid, mode=mode, antialias=antialias)
         return table.flatten(2).transpose(1, 2)
 
-    def _block(self, block: Tensors, tokens: Tensor) -> Tensor:
-        attended = self._attention(block, self._norm(block, "norm1", tokens))
-        tokens = tokens + attended * block.get("ls1.gamma", 1)
-        normed = self._norm(block, "norm2", tokens)
-        if "mlp.w12.weight" in block:
-            # SwiGLU: the first half of the rows is the gate
-            gate, value = _linear(block, "mlp.w12", normed).chunk(2, dim=-1)
-            return tokens + _linear(block, "mlp.w3", silu(gate) * value) * block.get("ls2.gamma", 1)
-        return tokens + _linear(block, "mlp.fc2", gelu(_linear(block, "mlp.fc1", normed))) * block.get("ls2.gamma", 1)
 
-    def _attention(self, block: Tensors, tokens: Tensor) -> Tensor:
-        qkv = _linear(block, "attn.qkv", tokens).unflatten(-1, (3, self.config["num_attention_heads"], -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        if "attn.q_norm.weight" in block:
-            query, key = self._norm(block, "attn.q_norm", query), self._norm(block, "attn.k_norm", key)
-        weights = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(dim=-1)
-        return _linear(block, "attn.proj", (weights @ value).transpose(1, 2).flatten(2))
-
-    def _norm(self, own: Tensors, name: str, hidden: Tensor) -> Tensor:
-        weight = own[f"{name}.weight"]
-        return layer_norm(hidden, weight.shape, weight, own[f"{name}.bias"], eps=self.config["layer_norm_eps"])
-
-
-def _blocks(own: Tensors) -> list[dict[str, Tensor]]:
-    """The tensors of each block, in order; of `blocks.<chunk>.<block>` the last number counts."""
+def run_blocks(own: Tensors, tokens: Tensor, num_heads: int, eps: float) -> Tensor:
+    """The tokens behind all blocks of these tensors, in order; of `blocks.<chunk>.<block>` the last number counts."""
     blocks: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in own.items():
-        first, *rest = name.split(".")
-        if first != "blocks":
-            continue
-        while rest[0].isdigit():
-            number = int(rest.pop(0))
-        blocks.setdefault(number, {})[".".join(rest)] = tensor
-    return [blocks[number] for number in sorted(blocks)]
+    for name, tensor in under("blocks.", own).items():
+        parts = name.split(".")
+        while parts[0].isdigit():
+            number = int(parts.pop(0))
+        blocks.setdefault(number, {})[".".join(parts)] = tensor
+    for _, block in sorted(blocks.items()):
+        attended = _attention(block, norm(block, "norm1", tokens, eps), num_heads, eps)
+        tokens = tokens + attended * block.get("ls1.gamma", 1)
+        tokens = tokens + _mlp(block, norm(block, "norm2", tokens, eps)) * block.get("ls2.gamma", 1)
+    return tokens
 
 
-def _linear(own: Tensors, name: str, hidden: Tensor) -> Tensor:
-    return linear(hidden, own[f"{name}.weight"], own.get(f"{name}.bias"))
+def _attention(block: Tensors, tokens: Tensor, num_heads: int, eps: float) -> Tensor:
+    qkv = linear(block, "attn.qkv", tokens).unflatten(-1, (3, num_heads, -1))
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    if "attn.q_norm.weight" in block:
+        query, key = norm(block, "attn.q_norm", query, eps), norm(block, "attn.k_norm", key, eps)
+    weights = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(dim=-1)
+    return linear(block, "attn.proj", (weights @ value).transpose(1, 2).flatten(2))
+
+
+def _mlp(block: Tensors, tokens: Tensor) -> Tensor:
+    if "mlp.w12.weight" in block:
+        # SwiGLU: the first half of the rows is the gate
+        gate, value = linear(block, "mlp.w12", tokens).chunk(2, dim=-1)
+        return linear(block, "mlp.w3", silu(gate) * value)
+    return linear(block, "mlp.fc2", gelu(linear(block, "mlp.fc1", tokens)))
+
+
+def under(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def linear(own: Tensors, name: str, hidden: Tensor) -> Tensor:
+    """A linear layer, or a 1 x 1 convolution on tokens."""
+    return matrix_product(hidden, own[f"{name}.weight"].flatten(1), own.get(f"{name}.bias"))
+
+
+def norm(own: Tensors, name: str, hidden: Tensor, eps: float) -> Tensor:
+    """A LayerNorm."""
+    weight = own[f"{name}.weight"]
+    return layer_norm(hidden, weight.shape, weight, own[f"{name}.bias"], eps=eps)
