@@ -13,6 +13,7 @@ from itertools import product
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.utils.generic import maybe_autocast
 
 from .token_groups import take_tokens
 
@@ -111,9 +112,9 @@ def cluster_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Choose representative tokens by density peaks and assign every token to one of them.
 
-    Computed in float32 (float64 for float64 tokens) and without gradient. Deterministic: equal densities and equal
-    scores are ordered by token index, equal distances by the neighbour's rank. Tokens with NaN or infinite features
-    get some valid cluster.
+    Computed in float32 (float64 for float64 tokens), under autocast too, and without gradient. Deterministic: equal
+    densities and equal scores are ordered by token index, equal distances by the neighbour's rank. Tokens with NaN or
+    infinite features get some valid cluster.
 
     Args:
         tokens: (batch_size, N, hidden_size), any float dtype. Patch tokens only, row by row.
@@ -136,19 +137,21 @@ def cluster_tokens(
     if not 1 <= num_clusters <= num_tokens:
         raise ValueError(f"num_clusters must be between 1 and the number of tokens {num_tokens}, got {num_clusters}")
     tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-    offsets = neighborhood_offsets(len(grid), neighborhood_size)
-    neighbors = neighbor_indices(grid, offsets, tokens.device)
-    distances = neighborhood_distances(tokens, grid, offsets, spatial_alpha)
+    # Under autocast the distances of the last step would leave float32: other groups, or none where float16 overflows.
+    with maybe_autocast(tokens.device.type, enabled=False):
+        offsets = neighborhood_offsets(len(grid), neighborhood_size)
+        neighbors = neighbor_indices(grid, offsets, tokens.device)
+        distances = neighborhood_distances(tokens, grid, offsets, spatial_alpha)
 
-    log_density = _log_density(distances, num_neighbors)
-    peak_distance = _distance_to_denser(distances, neighbors, log_density)
-    score = log_density + peak_distance.log()
-    ranking = score.sort(dim=1, descending=True, stable=True).indices
-    representatives = ranking[:, :num_clusters].sort(dim=1).values
+        log_density = _log_density(distances, num_neighbors)
+        peak_distance = _distance_to_denser(distances, neighbors, log_density)
+        score = log_density + peak_distance.log()
+        ranking = score.sort(dim=1, descending=True, stable=True).indices
+        representatives = ranking[:, :num_clusters].sort(dim=1).values
 
-    is_representative = torch.zeros_like(score, dtype=torch.bool).scatter(1, representatives, True)
-    assignment, found = _join_nearest_neighbor(distances, neighbors, is_representative)
-    return _join_nearest_in_image(tokens, representatives, assignment, found), representatives
+        is_representative = torch.zeros_like(score, dtype=torch.bool).scatter(1, representatives, True)
+        assignment, found = _join_nearest_neighbor(distances, neighbors, is_representative)
+        return _join_nearest_in_image(tokens, representatives, assignment, found), representatives
 
 
 def _log_density(distances: Tensor, num_neighbors: int) -> Tensor:

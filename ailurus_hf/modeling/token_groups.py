@@ -47,26 +47,38 @@ def group_tokens(assignment: Tensor, num_groups: int, representatives: Tensor | 
 def merge_tokens(tokens: Tensor, groups: TokenGroups) -> Tensor:
     """Mean of each group's members: (batch_size, N, hidden_size) -> (batch_size, M, hidden_size), same dtype.
 
-    The embedding bag sums half precision in float32. A group of one keeps its token's exact bits.
+    Summed in float32 at least: the sum of a large group is beyond half precision long before its mean is. A group of
+    one keeps its token's exact bits.
     """
     batch_size, num_tokens, hidden_size = tokens.shape
     first_token = torch.arange(batch_size, device=tokens.device)[:, None] * num_tokens
     first_member = groups.sizes.cumsum(1) - groups.sizes + first_token
     merged = F.embedding_bag(
         (groups.order + first_token).flatten(),
-        tokens.reshape(-1, hidden_size),
+        _summable(tokens).reshape(-1, hidden_size),
         first_member.flatten(),
         mode="mean",
     )
-    return merged.view(batch_size, -1, hidden_size)
+    return merged.view(batch_size, -1, hidden_size).to(tokens.dtype)
 
 
 def unfold_tokens(merged: Tensor, groups: TokenGroups) -> Tensor:
-    """Copy each group's token to its members: (batch_size, M, hidden_size) -> (batch_size, N, hidden_size)."""
+    """Copy each group's token to its members: (batch_size, M, hidden_size) -> (batch_size, N, hidden_size).
+
+    The gradient of a group is the sum over its members, in float32 at least as in `merge_tokens`.
+    """
     batch_size, num_groups, hidden_size = merged.shape
     first_group = torch.arange(batch_size, device=merged.device)[:, None] * num_groups
     # A model spread over several devices may end its merged layers on another one than it began them.
-    return F.embedding(groups.assignment.to(merged.device) + first_group, merged.reshape(-1, hidden_size))
+    places = groups.assignment.to(merged.device) + first_group
+    if merged.requires_grad:
+        return F.embedding(places, _summable(merged).reshape(-1, hidden_size)).to(merged.dtype)
+    return F.embedding(places, merged.reshape(-1, hidden_size))
+
+
+def _summable(tokens: Tensor) -> Tensor:
+    """Tokens in a dtype that holds sums over many of them."""
+    return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
 
 
 def take_tokens(tokens: Tensor, index: Tensor) -> Tensor:

@@ -164,6 +164,17 @@ def test_half_precision_features_are_clustered_in_float32(dtype):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1, 300])  # 300: squared, beyond float16
+@pytest.mark.parametrize("neighborhood_size", [4, 50])
+def test_autocast_changes_no_group(dtype, scale, neighborhood_size):
+    tokens = scale * torch.randn(2, 400, 64, generator=torch.Generator().manual_seed(7))
+    expected = cluster_tokens(tokens, (20, 20), 40, neighborhood_size=neighborhood_size)
+    with torch.autocast("cpu", dtype=dtype):
+        found = cluster_tokens(tokens, (20, 20), 40, neighborhood_size=neighborhood_size)
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["one", "row", "all"])
 @pytest.mark.parametrize("k", [1, 4])

@@ -78,10 +78,17 @@ def test_singletons_keep_their_bits_and_dtype(dtype):
     assert torch.equal(back[single], tokens[single])
 
 
-def test_half_precision_means_are_summed_in_float32():
-    """4096 equal tokens: summed in bfloat16 the mean would stop growing at 256."""
+@pytest.mark.parametrize(("dtype", "value"), [(torch.bfloat16, 1), (torch.float16, 30), (torch.float16, 60000)])
+def test_half_precision_sums_over_members_are_made_in_float32(dtype, value):
+    """4096 equal tokens: the sum of ones stops growing at 256 in bfloat16, that of thirties overflows float16."""
     groups = group_tokens(torch.zeros(1, 4096, dtype=torch.int64), 1)
-    assert merge_tokens(torch.ones(1, 4096, 1, dtype=torch.bfloat16), groups).item() == 1
+    tokens = torch.full((1, 4096, 3), value, dtype=dtype, requires_grad=True)
+    merged = merge_tokens(tokens, groups)
+    assert (merged == value).all()
+    unfolded = unfold_tokens(merged, groups)
+    gradients = torch.autograd.grad(unfolded, [merged, tokens], torch.full_like(unfolded, 0.25))
+    assert (gradients[0] == 1024).all()
+    assert (gradients[1] == 0.25).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
