@@ -1,6 +1,5 @@
 """Loading a checkpoint for a command, strictly: a fault is an error here, where `from_pretrained` would only warn."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..architectures.row import SEGMENTATION
 from ..registry import ARCHITECTURES
 from ..utils.errors import CheckpointError
+from ..utils.files import read_json_object
 from ..utils.logging import quiet_transformers
 
 __all__ = ["load_model"]
@@ -20,7 +20,7 @@ _SHOWN = 4
 
 
 def load_model(
-    path: str | Path, *, dtype: torch.dtype | None = None, any_head: bool = False, **settings: Any
+    path: str | Path, *, dtype: torch.dtype | str | None = None, any_head: bool = False, **settings: Any
 ) -> PreTrainedModel:
     """Load a checkpoint for inference.
 
@@ -93,7 +93,7 @@ def _check_folder(folder: Path) -> None:
         raise FileNotFoundError(
             f"{folder} holds no config.json; expected a folder written by save_pretrained or `ailurus-hf convert`"
         )
-    _check_config(folder / "config.json")
+    read_json_object(folder / "config.json", "a model_type", CheckpointError)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise FileNotFoundError(f"{folder} holds no weights (*.safetensors)")
@@ -103,15 +103,6 @@ def _check_folder(folder: Path) -> None:
                 pass
         except SafetensorError as error:
             raise CheckpointError(f"{file} is damaged or cut short ({error})") from error
-
-
-def _check_config(file: Path) -> None:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # bad JSON, or not UTF-8
-        raise CheckpointError(f"{file} is not a readable JSON file: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} must hold a JSON object with a model_type, got {type(config).__name__}")
 
 
 def _check_loading(path: str | Path, info: dict[str, Any]) -> None:
