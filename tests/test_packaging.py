@@ -105,7 +105,6 @@ USES = [
     ("datasets", "eval", "from ailurus_hf.evaluation import load_metric"),
     ("evaluate", "eval", "from ailurus_hf.evaluation import load_metric"),
     ("accelerate", "eval", "from ailurus_hf.evaluation import evaluate_segmentation"),
-    ("rich", "eval", "from ailurus_hf.evaluation import evaluate_segmentation"),
     ("accelerate", "cli", "from ailurus_hf.cli.options import load_on_device; load_on_device('model', 'auto', None)"),
 ]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import ClusterLayer, Device, Dtype, Json, Model, load_on_device, load_processor
+from .options import ClusterLayer, Device, Dtype, Json, Model, SlidingWindow, load_on_device, load_processor
 
 if TYPE_CHECKING:
     from ..evaluation import EvaluationReport
@@ -17,7 +17,7 @@ __all__ = ["evaluate"]
 
 def evaluate(
     model: Model,
-    images: Annotated[Path, typer.Option(help="Folder of pictures.", show_default=False)],
+    images: Annotated[Path, typer.Option(help="Folder of pictures.")],
     labels: Annotated[
         Path, typer.Option(help="Folder of label maps: NAME.png for each picture NAME, class ids as pixel values.")
     ],
@@ -36,9 +36,7 @@ def evaluate(
         bool, typer.Option("--reduce-labels", help="Subtract 1 from every label, ignore 0 (ADE20K's files).")
     ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first pictures.")] = None,
-    sliding_window: Annotated[
-        bool, typer.Option("--sliding-window", help="Predict window by window, with the sizes the model was made for.")
-    ] = False,
+    sliding_window: SlidingWindow = False,
     flip: Annotated[bool, typer.Option("--flip", help="Average with the prediction of the mirror image.")] = False,
     scale: Annotated[
         list[float] | None, typer.Option(help="Average over pictures resized by this factor; repeat for several.")

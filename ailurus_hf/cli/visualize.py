@@ -17,7 +17,7 @@ __all__ = ["save_figure", "visualize"]
 
 
 def visualize(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.", show_default=False)],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.")],
     model: Model,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Picture to write: .png, .pdf or .svg.")] = Path(
         "adaptive_resolution.png"

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..benchmark import SpeedUp, count_flops, speed_up, time_side_by_side
@@ -24,8 +25,6 @@ from .segmentation import Agreement, ConfusionMatrix, number_or_none
 with needs_extra("eval", "evaluations at several budgets"):
     from accelerate import PartialState
     from accelerate.utils import gather_object
-    from rich.console import Console
-    from rich.progress import track
 
 __all__ = ["BudgetResult", "EvaluationReport", "evaluate_segmentation"]
 
@@ -148,7 +147,8 @@ def evaluate_segmentation(
     skipped: list[str] = []
     model.eval()
     # Every n-th picture, not a block of them: neighbours tend to be of one size, and the processes end together.
-    indices = _tracked(share, progress and state.is_main_process)
+    hidden = None if progress and state.is_main_process else True  # None: where stderr is no terminal
+    indices = tqdm(share, "evaluating", leave=False, disable=hidden)
     for sample in _read(samples, indices, skipped if skip_unreadable else None):
         _evaluate_picture(model, image_processor, sample, results, views)
     _add_processes(results)
@@ -239,8 +239,3 @@ def _add_processes(results: list[BudgetResult]) -> None:
 def _processes() -> PartialState:
     """The processes that were launched together; without an accelerator they must be told to be on the CPU."""
     return PartialState(cpu=not torch.accelerator.is_available())
-
-
-def _tracked(indices: range, shown: bool) -> Any:
-    console = Console(stderr=True)
-    return track(indices, "evaluating", console=console, disable=not (shown and console.is_terminal), transient=True)
