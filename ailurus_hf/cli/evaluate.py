@@ -3,9 +3,11 @@
 import csv
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Column, Table
 
 from .options import ClusterLayer, Device, Dtype, Json, Model, SlidingWindow, load_on_device, load_processor
 
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from ..evaluation import EvaluationReport
 
 __all__ = ["evaluate"]
+
+SCORES = {"mean_iou": "mIoU", "pixel_accuracy": "pixel acc.", "boundary_f": "boundary F", "agreement": "agreement"}
 
 
 def evaluate(
@@ -100,40 +104,34 @@ def _check_ratios(ratios: list[float] | None) -> None:
 
 def _print_table(report: "EvaluationReport", where: str) -> None:
     import torch
-    from rich.table import Table
 
     threads = f", {torch.get_num_threads()} threads" if where.startswith("cpu") else ""
-    table = Table(title=f"{report.num_pictures} pictures, {where}{threads}", title_justify="left")
     rows = report.rows()
-    headings = ["keep_ratio", "mIoU", "pixel acc.", *(["boundary F"] if "boundary_f" in rows[0] else [])]
-    for heading in (*headings, "agreement", "GFLOPs", "ms", "speed-up (quartiles)"):
-        table.add_column(heading, justify="right")
+    scores = {name: title for name, title in SCORES.items() if name in rows[0]}
+    headings = ("keep_ratio", *scores.values(), "GFLOPs", "ms", "speed-up (quartiles)")
+    table = Table(*map(_numbers, headings), title=f"{report.num_pictures} pictures, {where}{threads}")
     for row in rows:
-        quality = [_number(row[name]) for name in ("mean_iou", "pixel_accuracy", "boundary_f") if name in row]
         gflops = "-" if row["gflops"] is None else f"{row['gflops']:.1f}"
         speed = f"{row['speed_up']:.2f} ({row['speed_up_low']:.2f} to {row['speed_up_high']:.2f})"
-        table.add_row(
-            f"{row['keep_ratio']:g}", *quality, _number(row["agreement"]), gflops, f"{row['ms_per_picture']:.0f}", speed
-        )
+        quality = (_number(row[name]) for name in scores)
+        table.add_row(f"{row['keep_ratio']:g}", *quality, gflops, f"{row['ms_per_picture']:.0f}", speed)
     _print(table)
 
 
 def _print_classes(report: "EvaluationReport") -> None:
-    from rich.table import Table
-
-    table = Table(title="IoU", title_justify="left")
-    table.add_column("class")
     budgets = report.to_dict()["budgets"]
-    for budget in budgets:
-        table.add_column(f"{budget['keep_ratio']:g}", justify="right")
+    table = Table("class", *(_numbers(f"{budget['keep_ratio']:g}") for budget in budgets), title="IoU")
     for name in budgets[0]["iou"]:
         table.add_row(name, *(_number(budget["iou"][name]) for budget in budgets))
     _print(table)
 
 
-def _print(table: Any) -> None:
-    from rich.console import Console
+def _numbers(heading: str) -> Column:
+    return Column(heading, justify="right")
 
+
+def _print(table: Table) -> None:
+    table.title_justify = "left"
     console = Console()
     # A pipe has no width of its own; a table that is cut there helps nobody.
     (console if console.is_terminal else Console(width=120)).print(table)
