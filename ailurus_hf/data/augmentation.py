@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 
 __all__ = ["SegmentationAugmentation"]
 
@@ -96,11 +96,7 @@ class SegmentationAugmentation:
         region = (box[0][0], box[1][0], box[0][1], box[1][1])
         # Scaling with a box reads the region alone, edges in fractions of a pixel included.
         crop = image.resize((width, height), Image.Resampling.BILINEAR, box=region)
-        if (height, width) == self.crop_size:
-            return crop
-        view = Image.new("RGB", (self.crop_size[1], self.crop_size[0]), self.fill)
-        view.paste(crop, (0, 0))
-        return view
+        return ImageOps.expand(crop, (0, 0, self.crop_size[1] - width, self.crop_size[0] - height), self.fill)
 
     def _balanced(self, labels: np.ndarray, ignore_index: int) -> bool:
         if self.max_class_share >= 1:

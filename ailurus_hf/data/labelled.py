@@ -24,7 +24,7 @@ class LabelledImage(NamedTuple):
     name: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class LabelRule:
     """How the numbers in label files become classes.
 

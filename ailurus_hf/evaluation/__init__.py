@@ -12,10 +12,8 @@ from .sliding_window import sliding_window_logits
 from .trainer import SegmentationMetrics, predictions_from_logits
 
 if TYPE_CHECKING:
-    from .loop import BudgetResult as BudgetResult
-    from .loop import EvaluationReport as EvaluationReport
-    from .loop import evaluate_segmentation as evaluate_segmentation
-    from .streaming import load_metric as load_metric
+    from .loop import BudgetResult, EvaluationReport, evaluate_segmentation
+    from .streaming import load_metric
 
 __all__ = [
     "Accumulator",

@@ -1,6 +1,6 @@
 """From a picture to its label map."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,9 +95,13 @@ def class_scores(
     if not scales or min(scales) <= 0:
         raise ValueError(f"scales must be one or more numbers above 0, got {list(scales)}")
     size = size or (pixel_values.shape[-2], pixel_values.shape[-1])
-    views = [
-        _logits(model, view, size, sliding_window, mirrored) for view, mirrored in _views(pixel_values, flip, scales)
-    ]
+    views = []
+    for scale in scales:
+        height, width = (max(round(side * scale), 1) for side in pixel_values.shape[-2:])
+        view = _resize(pixel_values, (height, width))
+        views.append(_resize(_logits(model, view, sliding_window), size))
+        if flip:
+            views.append(_resize(_logits(model, view.flip(-1), sliding_window).flip(-1), size))
     if len(views) == 1:
         return views[0]
     return torch.stack([logits.softmax(1) for logits in views]).mean(0)
@@ -157,29 +161,14 @@ def _cluster_maps(config: Any, output: Any, pixel_values: Tensor, size: tuple[in
     )
 
 
-def _views(pixel_values: Tensor, flip: bool, scales: Sequence[float]) -> Iterator[tuple[Tensor, bool]]:
-    """The pictures at every scale, and whether they are mirrored."""
-    for scale in scales:
-        height, width = (max(round(side * scale), 1) for side in pixel_values.shape[-2:])
-        view = _resize(pixel_values, (height, width))
-        yield view, False
-        if flip:
-            yield view.flip(-1), True
-
-
-def _logits(
-    model: PreTrainedModel, view: Tensor, size: tuple[int, int], sliding_window: bool, mirrored: bool
-) -> Tensor:
-    if sliding_window:
-        config = model.config
-        if getattr(config, "window_size", None) is None:
-            raise ValueError("sliding_window needs config.window_size, which this model does not have")
-        stride = config.window_stride or config.window_size
-        logits = sliding_window_logits(model, view, config.window_size, stride)
-    else:
-        logits = model(pixel_values=view).logits
-    logits = logits.flip(-1) if mirrored else logits
-    return _resize(logits.float(), size)
+def _logits(model: PreTrainedModel, view: Tensor, sliding_window: bool) -> Tensor:
+    if not sliding_window:
+        return model(pixel_values=view).logits.float()
+    config = model.config
+    if getattr(config, "window_size", None) is None:
+        raise ValueError("sliding_window needs config.window_size, which this model does not have")
+    stride = config.window_stride or config.window_size
+    return sliding_window_logits(model, view, config.window_size, stride).float()
 
 
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:

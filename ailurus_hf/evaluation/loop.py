@@ -52,8 +52,8 @@ class BudgetResult:
     @property
     def metrics(self) -> list[Accumulator]:
         """Those that are counted."""
-        found = (self.confusion, self.boundary, self.agreement)
-        return [metric for metric in found if metric is not None]
+        boundary = [] if self.boundary is None else [self.boundary]
+        return [self.confusion, *boundary, self.agreement]
 
 
 @dataclass
@@ -142,7 +142,8 @@ def evaluate_segmentation(
     if ignore_index is None:
         ignore_index = getattr(model.config, "semantic_loss_ignore_index", 255)
     results = _empty_results(keep_ratios, model.config.num_labels, ignore_index, boundary)
-    state = _processes()
+    # The processes that were launched together; without an accelerator they must be told to be on the CPU.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     share = range(state.process_index, len(samples), state.num_processes)
     skipped: list[str] = []
     model.eval()
@@ -234,8 +235,3 @@ def _add_processes(results: list[BudgetResult]) -> None:
             metric.add_processes()
         result.seconds = gather_object(result.seconds)
         result.gflops = gather_object([result.gflops])[0]
-
-
-def _processes() -> PartialState:
-    """The processes that were launched together; without an accelerator they must be told to be on the CPU."""
-    return PartialState(cpu=not torch.accelerator.is_available())
