@@ -22,10 +22,6 @@ from .boundary import BoundaryScore
 from .inference import Segmentation, segment_image
 from .segmentation import Agreement, ConfusionMatrix, number_or_none
 
-with needs_extra("eval", "evaluations at several budgets"):
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
 __all__ = ["BudgetResult", "EvaluationReport", "evaluate_segmentation"]
 
 
@@ -137,6 +133,10 @@ def evaluate_segmentation(
         TypeError: budgets other than 1 for a model that has none.
         ImageFileError: a file is damaged and `skip_unreadable` is False.
     """
+    with needs_extra("eval", "evaluations at several budgets"):
+        from accelerate import PartialState
+        from accelerate.utils import gather_object
+
     if not len(samples):
         raise ValueError("samples must hold at least one picture with labels, got none")
     if ignore_index is None:
@@ -152,7 +152,11 @@ def evaluate_segmentation(
     indices = tqdm(share, "evaluating", leave=False, disable=hidden)
     for sample in _read(samples, indices, skipped if skip_unreadable else None):
         _evaluate_picture(model, image_processor, sample, results, views)
-    _add_processes(results)
+    for result in results:  # counts and times of all processes, in every process
+        for metric in result.metrics:
+            metric.add_processes()
+        result.seconds = gather_object(result.seconds)
+        result.gflops = gather_object([result.gflops])[0]
     skipped = gather_object(skipped)
     if not results[0].seconds:
         raise ValueError(f"none of the {len(samples)} samples could be read; the first: {skipped[0]}")
@@ -226,12 +230,3 @@ def _gflops(model: PreTrainedModel, image_processor: Any, sample: LabelledImage,
         return None
     size = image_processor(sample.image, return_tensors="pt")["pixel_values"].shape[-2:]
     return count_flops(model, *size, keep_ratio=keep_ratio, num_clusters=None) / 1e9
-
-
-def _add_processes(results: list[BudgetResult]) -> None:
-    """Sums of all processes' counts in every process; times one after the other."""
-    for result in results:
-        for metric in result.metrics:
-            metric.add_processes()
-        result.seconds = gather_object(result.seconds)
-        result.gflops = gather_object([result.gflops])[0]

@@ -19,7 +19,7 @@ from ailurus_hf.evaluation import (
     load_metric,
     predictions_from_logits,
 )
-from ailurus_hf.evaluation.streaming import metric_names
+from ailurus_hf.evaluation.accumulator import metric_names
 from tests.reference import metrics as reference
 
 NUM, IGNORE = 4, 9
