@@ -68,7 +68,6 @@ def evaluate(
     from ..evaluation import evaluate_segmentation
 
     pairs = pair_files(images, labels)[:limit]
-    _check_ratios(keep_ratio)
     network = load_on_device(model, device, dtype, cluster_layer=cluster_layer)
     ignored = network.config.semantic_loss_ignore_index if ignore_index is None else ignore_index
     report = evaluate_segmentation(
@@ -93,13 +92,6 @@ def evaluate(
     _print_table(report, f"{network.device}, {str(network.dtype).removeprefix('torch.')}")
     if per_class:
         _print_classes(report)
-
-
-def _check_ratios(ratios: list[float] | None) -> None:
-    """Before the model is loaded and run."""
-    for ratio in ratios or ():
-        if not 0 < ratio <= 1:
-            raise ValueError(f"--keep-ratio must be above 0 and at most 1, got {ratio:g}")
 
 
 def _print_table(report: "EvaluationReport", where: str) -> None:

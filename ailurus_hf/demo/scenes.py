@@ -17,17 +17,10 @@ from .scene_parts.props import DRAWERS, cast_shadows, place_props
 from .scene_parts.surroundings import paint_ground, paint_row, paint_sky, paint_skyline
 
 CLASS_NAMES = tuple(label.name.lower() for label in Label)
-PALETTE: tuple[tuple[int, int, int], ...] = (
-    (142, 202, 230),
-    (188, 143, 143),
-    (94, 84, 142),
-    (231, 196, 231),
-    (82, 150, 85),
-    (120, 120, 128),
-    (255, 190, 11),
-    (33, 104, 189),
-    (214, 60, 78),
-)
+PALETTE = (
+    (142, 202, 230), (188, 143, 143), (94, 84, 142), (231, 196, 231), (82, 150, 85), (120, 120, 128), (255, 190, 11),
+    (33, 104, 189), (214, 60, 78),
+)  # fmt: skip
 
 MIN_SIZE = 16
 """Smallest height and width of a scene, in pixels."""

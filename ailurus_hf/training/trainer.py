@@ -223,12 +223,10 @@ def check_resume(checkpoint: str | Path, model: Any) -> None:
     if not stored or stored == expected:
         return
     names = [name for name in sorted(stored | expected) if stored.get(name) != expected.get(name)]
-    shown = "; ".join(f"{name} is {_shape(stored, name)}, here {_shape(expected, name)}" for name in names[:SHOWN])
+    shown = "; ".join(
+        f"{name} is {stored.get(name, 'absent')}, here {expected.get(name, 'absent')}" for name in names[:SHOWN]
+    )
     raise ValueError(
         f"{folder} was made by another architecture: {len(names)} tensors differ ({shown}). Resume with the model and "
         "the settings that it was made with, or start a new run in another folder"
     )
-
-
-def _shape(shapes: dict[str, tuple[int, ...]], name: str) -> str:
-    return str(shapes[name]) if name in shapes else "absent"

@@ -80,21 +80,18 @@ def atomic_directory(
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[Path]:
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield the path of a temporary file beside `path` (same suffix) and rename it to `path` when the block ends well.
 
     On any exception, `KeyboardInterrupt` included, the temporary file is removed and `path` stays untouched.
 
     Raises:
-        FileExistsError: the file exists and `overwrite` is false.
         IsADirectoryError: `path` is a folder.
         NotADirectoryError, PermissionError: as in [`check_output_directory`].
     """
     target = Path(path).resolve()
     if target.is_dir():
         raise IsADirectoryError(f"{path} is a folder, so no file can be written there; choose another output")
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists already; choose another output or add --overwrite to replace it")
     _check_parent(target)
     with _replacing(target) as fresh:
         yield fresh

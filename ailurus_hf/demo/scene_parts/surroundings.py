@@ -6,14 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .painter import BRIGHT, FAR, NEAR, TURN, Camera, Colour, Label, Painter, Point, Prop, Street, wall_colour, wrap
+from .painter import BRIGHT, FAR, NEAR, TURN, Camera, Label, Painter, Point, Prop, Street, wall_colour, wrap
 from .props import draw_tree
-
-
-def _mix(a: Colour, b: Colour, amount: np.ndarray) -> np.ndarray:
-    """Blend two colours by an amount 0..1 of any shape (...): float32 (..., 3)."""
-    share = amount[..., None]
-    return np.asarray(a, np.float32) * (1 - share) + np.asarray(b, np.float32) * share
 
 
 def paint_sky(painter: Painter) -> None:
@@ -24,7 +18,8 @@ def paint_sky(painter: Painter) -> None:
     scale = 4  # clouds and gradients are smooth: a quarter of the resolution is enough
     small = (max(2, width // scale), max(2, rows // scale))
     down = np.linspace(0, 1, small[1], dtype=np.float32)[:, None] ** 0.8 + np.zeros(small[0], np.float32)
-    colour = _mix(weather.top, weather.low, down)
+    low = down[..., None]
+    colour = np.asarray(weather.top, np.float32) * (1 - low) + np.asarray(weather.low, np.float32) * low
     across = np.linspace(-1, 1, small[0], dtype=np.float32) - np.float32(painter.light.sun[0])
     glow = np.exp(-3 * across**2) * down * (0.35 if painter.light.sun[2] > 0 else 0.1)
     colour += glow[..., None] * np.float32(60)
