@@ -19,8 +19,6 @@ from .info import info
 from .predict import predict
 from .visualize import visualize
 
-__all__ = ["app", "main"]
-
 PROGRAM = "ailurus-hf"
 
 app = typer.Typer(

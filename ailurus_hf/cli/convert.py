@@ -17,8 +17,6 @@ from .options import Json
 if TYPE_CHECKING:
     from ..conversion import ConversionReport
 
-__all__ = ["convert"]
-
 
 def convert(
     name: Annotated[

@@ -11,8 +11,6 @@ from rich.table import Column, Table
 from .options import Json, load_on_device, load_processor
 from .visualize import save_figure
 
-__all__ = ["demo"]
-
 CHECKPOINT = Path(__file__).parents[1] / "demo" / "checkpoint"
 FIRST_SEED = 2_000_000  # the model was trained and measured on scenes of other seeds
 

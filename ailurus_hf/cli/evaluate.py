@@ -14,8 +14,6 @@ from .options import ClusterLayer, Device, Dtype, Json, Model, SlidingWindow, lo
 if TYPE_CHECKING:
     from ..evaluation import EvaluationReport
 
-__all__ = ["evaluate"]
-
 SCORES = {"mean_iou": "mIoU", "pixel_accuracy": "pixel acc.", "boundary_f": "boundary F", "agreement": "agreement"}
 
 

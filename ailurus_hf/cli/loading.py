@@ -14,8 +14,6 @@ from ..utils.errors import CheckpointError
 from ..utils.files import read_json_object
 from ..utils.logging import quiet_transformers
 
-__all__ = ["load_model"]
-
 _SHOWN = 4
 
 
@@ -53,8 +51,7 @@ def load_model(
     _check_loading(path, info)
     if "keep_ratio" in chosen:  # an exact count stored in the checkpoint would win over it
         model.config.num_clusters = None
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+    return model.eval()
 
 
 def _model_class(path: str | Path, any_head: bool) -> type[PreTrainedModel]:
@@ -78,8 +75,7 @@ def _model_class(path: str | Path, any_head: bool) -> type[PreTrainedModel]:
             f"{path} holds {name}, which has no segmentation head; give a checkpoint of {wanted} "
             "(`ailurus-hf info` describes any)"
         )
-    chosen: type[PreTrainedModel] = row.load(auto_class)
-    return chosen
+    return row.load(auto_class)
 
 
 def _check_folder(folder: Path) -> None:

@@ -64,8 +64,7 @@ def _device(name: str) -> "torch.device":
     with needs_extra("cli", "the commands"):
         from accelerate import PartialState
     if name == "auto":
-        chosen: torch.device = PartialState().device
-        return chosen
+        return PartialState().device
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tqdm import tqdm
 
+from ..utils.files import atomic_file, check_output_directory
 from .options import ClusterLayer, Device, Dtype, Json, KeepRatio, Model, SlidingWindow, load_on_device, load_processor
 
 if TYPE_CHECKING:
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..evaluation import Segmentation
-
-__all__ = ["predict"]
 
 
 def predict(
@@ -39,7 +38,6 @@ def predict(
     """
     from ..data.images import list_images, read_image
     from ..evaluation import segment_image
-    from ..utils.files import check_output_directory
     from ..visualization import model_palette
 
     files = list_images(images)
@@ -95,7 +93,6 @@ def _describe(file: Path, picture: "Image.Image", result: "Segmentation", names:
 def _write(
     out: Path, stem: str, picture: "Image.Image", labels: "np.ndarray", palette: "np.ndarray", report: dict[str, Any]
 ) -> None:
-    from ..utils.files import atomic_file
     from ..visualization import indexed_image, overlay
 
     with atomic_file(out / f"{stem}.labels.png") as path:

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from ..evaluation import Segmentation
 
-__all__ = ["save_figure", "visualize"]
-
 
 def visualize(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.")],

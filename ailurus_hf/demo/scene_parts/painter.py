@@ -107,14 +107,13 @@ class Painter:
         self._image_draw = ImageDraw.Draw(self.image)
         self._label_draw = ImageDraw.Draw(self.labels)
 
-    def shade(self, colour: Colour, z: float, factor: float = 1.0) -> tuple[int, int, int]:
+    def shade(self, colour: Colour, z: float, factor: float = 1.0) -> tuple[int, ...]:
         """`colour` under the light, faded into the haze at distance `z` metres."""
         haze = 1.0 - math.exp(-z / self.light.weather.haze)
         mixed = (c * factor * (1 - haze) + low * haze for c, low in zip(colour, self.light.weather.low, strict=True))
-        red, green, blue = (int(min(255.0, max(0.0, m))) for m in mixed)
-        return red, green, blue
+        return tuple(int(min(255.0, max(0.0, m))) for m in mixed)
 
-    def polygon(self, points: Sequence[Point], colour: tuple[int, int, int], label: int) -> None:
+    def polygon(self, points: Sequence[Point], colour: tuple[int, ...], label: int) -> None:
         """Fill a polygon of canvas points."""
         self._image_draw.polygon(points, fill=colour)
         self._label_draw.polygon(points, fill=label)

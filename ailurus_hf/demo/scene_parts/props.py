@@ -365,9 +365,8 @@ def _car_outline(prop: Prop) -> list[Outline]:
     wide, long, high = (0.85, 2.0, 1.3) if math.cos(prop.heading) ** 2 > 0.5 else (2.0, 0.85, 1.3)
     x, z = prop.x, prop.z
     corners = ((x - wide, z - long), (x + wide, z - long), (x + wide, z + long), (x - wide, z + long))
-    walls: list[Outline] = []
-    for (xa, za), (xb, zb) in itertools.pairwise((*corners, corners[0])):
-        walls.append(((xa, 0.0, za), (xb, 0.0, zb), (xb, high, zb), (xa, high, za)))
+    pairs = itertools.pairwise((*corners, corners[0]))
+    walls = (((xa, 0.0, za), (xb, 0.0, zb), (xb, high, zb), (xa, high, za)) for (xa, za), (xb, zb) in pairs)
     return [*walls, tuple((u, high, v) for u, v in corners)]
 
 
