@@ -107,6 +107,7 @@ def class_scores(
     return torch.stack([logits.softmax(1) for logits in views]).mean(0)
 
 
+@torch.no_grad()
 def segment_image(
     model: PreTrainedModel,
     image_processor: Any,
@@ -129,15 +130,10 @@ def segment_image(
     """
     pixel_values = image_processor(image, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
     size = (image.height, image.width)
-    if not (sliding_window or flip or tuple(scales) != (1.0,)):
-        return _segment_whole(model, pixel_values, size)
-    scores = class_scores(model, pixel_values, size, sliding_window=sliding_window, flip=flip, scales=scales)
-    return Segmentation(scores[0].argmax(0).cpu().numpy())
-
-
-@torch.no_grad()
-def _segment_whole(model: PreTrainedModel, pixel_values: Tensor, size: tuple[int, int]) -> Segmentation:
-    """One view of the whole picture: the only case with clusters to tell of."""
+    if sliding_window or flip or tuple(scales) != (1.0,):
+        scores = class_scores(model, pixel_values, size, sliding_window=sliding_window, flip=flip, scales=scales)
+        return Segmentation(scores[0].argmax(0).cpu().numpy())
+    # One view of the whole picture: the only case with clusters to tell of.
     output = model(pixel_values)
     logits = _resize(output.logits, size)
     return Segmentation(logits[0].argmax(0).cpu().numpy(), _cluster_maps(model.config, output, pixel_values, size))

@@ -78,10 +78,8 @@ class EvaluationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, with IoU and accuracy of every class, as JSON takes it."""
-        budgets = []
-        for row, result in zip(self.rows(), self.budgets, strict=True):
-            summary = result.confusion.summary(self.id2label)
-            budgets.append({**row, "iou": summary["iou"], "accuracy": summary["accuracy"]})
+        summaries = (result.confusion.summary(self.id2label) for result in self.budgets)
+        budgets = [row | summary for row, summary in zip(self.rows(), summaries, strict=True)]
         return {"pictures": self.num_pictures, "skipped": self.skipped, "budgets": budgets}
 
     def _row(self, result: BudgetResult) -> dict[str, Any]:
@@ -148,8 +146,8 @@ def evaluate_segmentation(
     skipped: list[str] = []
     model.eval()
     # Every n-th picture, not a block of them: neighbours tend to be of one size, and the processes end together.
-    hidden = None if progress and state.is_main_process else True  # None: where stderr is no terminal
-    indices = tqdm(share, "evaluating", leave=False, disable=hidden)
+    # A bar is disabled by None where stderr is no terminal.
+    indices = tqdm(share, "evaluating", leave=False, disable=None if progress and state.is_main_process else True)
     for sample in _read(samples, indices, skipped if skip_unreadable else None):
         _evaluate_picture(model, image_processor, sample, results, views)
     for result in results:  # counts and times of all processes, in every process
