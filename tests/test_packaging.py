@@ -102,10 +102,9 @@ FIGURE = "from ailurus_hf.visualization import adaptive_resolution_figure as dra
 USES = [
     ("accelerate", "train", "from ailurus_hf.training import SegmentationTrainer"),
     ("matplotlib", "viz", FIGURE),
-    ("datasets", "eval", "from ailurus_hf.evaluation import load_metric"),
-    ("evaluate", "eval", "from ailurus_hf.evaluation import load_metric"),
-    ("accelerate", "eval", "from ailurus_hf.evaluation import evaluate_segmentation"),
-    ("rich", "eval", "from ailurus_hf.evaluation import evaluate_segmentation"),
+    ("datasets", "eval", "from ailurus_hf.evaluation import load_metric; load_metric('depth')"),
+    ("evaluate", "eval", "from ailurus_hf.evaluation import load_metric; load_metric('depth')"),
+    ("accelerate", "eval", "from ailurus_hf.evaluation import evaluate_segmentation as run; run(None, None, [])"),
     ("accelerate", "cli", "from ailurus_hf.cli.options import load_on_device; load_on_device('model', 'auto', None)"),
 ]
 

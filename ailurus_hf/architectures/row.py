@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
@@ -50,8 +50,6 @@ def num_kept(num_tokens: int, keep_ratio: float, num_clusters: int | None) -> in
 
 def merge_settings(config: Any) -> dict[str, Any]:
     """The settings of adaptive resolution, by name."""
-    from dataclasses import fields
-
     from ..modeling.settings import AdaptiveResolutionMixin
 
     return {field.name: getattr(config, field.name) for field in fields(AdaptiveResolutionMixin)}

@@ -1,11 +1,10 @@
 """Timing several variants in turn, so that whatever else the machine does hits all of them."""
 
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import torch
+import numpy as np
+from torch.utils.benchmark import timer  # waits for the device
 
 __all__ = ["SpeedUp", "speed_up", "time_side_by_side"]
 
@@ -31,7 +30,9 @@ def time_side_by_side(
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(-warmup, rounds):
         for name, run in variants.items():
-            elapsed = _time(run)
+            start = timer()
+            run()
+            elapsed = timer() - start
             if number >= 0:
                 seconds[name].append(elapsed)
     return seconds
@@ -40,20 +41,5 @@ def time_side_by_side(
 def speed_up(baseline: list[float], variant: list[float]) -> SpeedUp:
     """Ratio of the times of the same round, baseline over variant: median and quartiles."""
     ratios = [slow / fast for slow, fast in zip(baseline, variant, strict=True)]
-    if len(ratios) < 2:
-        return SpeedUp(ratios[0], ratios[0], ratios[0])
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return SpeedUp(statistics.median(ratios), low, high)
-
-
-def _time(run: Callable[[], object]) -> float:
-    _wait_for_device()
-    start = time.perf_counter()
-    run()
-    _wait_for_device()
-    return time.perf_counter() - start
-
-
-def _wait_for_device() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+    low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
+    return SpeedUp(median, low, high)

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 from ..utils.extras import needs_extra
 
-__all__ = ["main"]
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`app.main`, or a line on stderr and 2 where the packages of the extra `cli` are not installed."""

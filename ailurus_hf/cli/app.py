@@ -19,8 +19,6 @@ from .info import info
 from .predict import predict
 from .visualize import visualize
 
-__all__ = ["app", "main"]
-
 PROGRAM = "ailurus-hf"
 
 app = typer.Typer(
@@ -97,11 +95,8 @@ def _complain(message: str) -> None:
 def _terminate_like_interrupt() -> Iterator[None]:
     """Make SIGTERM unwind the stack like Ctrl-C, so that temporary files are removed."""
 
-    def interrupt(signal_number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
     try:
-        before = signal.signal(signal.SIGTERM, interrupt)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     except ValueError:  # signals belong to the main thread; elsewhere they stay as they are
         yield
         return

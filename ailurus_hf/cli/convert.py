@@ -2,21 +2,20 @@
 
 import json
 import shlex
-import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
 from ..utils.errors import CheckpointWarning
+from ..utils.files import read_json_object
+from .options import Json
 
 if TYPE_CHECKING:
     from ..conversion import ConversionReport
-
-__all__ = ["convert"]
 
 
 def convert(
@@ -25,7 +24,6 @@ def convert(
         typer.Argument(
             metavar="NAME",
             help="Source: segmenter, transformers, timm, dino, dinov2, mae, mmseg, segformer, ailurus, or auto.",
-            show_default=False,
         ),
     ],
     source: Annotated[
@@ -33,10 +31,9 @@ def convert(
         typer.Argument(
             metavar="SOURCE",
             help="Checkpoint folder or file; for transformers, timm and ailurus also a name on the Hub.",
-            show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     keep_ratio: Annotated[
         float | None,
         typer.Option(help="Share of tokens the model keeps by default, above 0 and at most 1.", show_default="0.5"),
@@ -71,10 +68,8 @@ def convert(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the key table, write nothing.")] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Load the result and compare its output with the source.")
-    ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    verify: Annotated[bool, typer.Option(help="Load the result and compare its output with the source.")] = True,
+    as_json: Json = False,
 ) -> None:
     """Convert a checkpoint of another project into a folder that from_pretrained loads.
 
@@ -83,24 +78,24 @@ def convert(
     """
     settings = {"keep_ratio": keep_ratio, "cluster_layer": cluster_layer, **_read_labels(labels)}
     settings |= _parse_assignments(assignments or [])
-    with _spinner(f"converting {source}") as progress:
+    # The current step on stderr; nothing where that is no terminal.
+    with Console(stderr=True).status(escape(f"converting {source}")) as status, warnings.catch_warnings():
         from ..conversion import convert_checkpoint
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CheckpointWarning)  # they are in the report
-            report = convert_checkpoint(
-                name,
-                source,
-                output,
-                overwrite=overwrite,
-                dtype=dtype,
-                max_shard_size=max_shard_size,
-                verify=verify,
-                dry_run=dry_run,
-                license=license,
-                progress=progress,
-                **{key: value for key, value in settings.items() if value is not None},
-            )
+        warnings.simplefilter("ignore", CheckpointWarning)  # they are in the report
+        report = convert_checkpoint(
+            name,
+            source,
+            output,
+            overwrite=overwrite,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            verify=verify,
+            dry_run=dry_run,
+            license=license,
+            progress=lambda step: status.update(escape(step)),
+            **{key: value for key, value in settings.items() if value is not None},
+        )
     for warning in report.warnings:
         typer.echo(f"ailurus-hf: warning: {warning}", err=True)
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else _as_text(report))
@@ -110,11 +105,8 @@ def _read_labels(path: Path | None) -> dict[str, Any]:
     """`id2label` and, if the file has them, `palette` and `ignore_index`; `None` is left out later."""
     if path is None:
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # bad JSON, or not UTF-8
-        raise ValueError(f"--labels {path} is not a readable JSON file: {error}") from error
-    names = content.get("id2label") if isinstance(content, dict) else None
+    content = read_json_object(path, "id2label")
+    names = content.get("id2label")
     if not isinstance(names, dict):
         raise ValueError(f'--labels {path} must hold {{"id2label": {{"0": "name", ...}}}}')
     ignored = content.get("ignore_index")
@@ -133,19 +125,6 @@ def _parse_assignments(assignments: list[str]) -> dict[str, Any]:
         except ValueError:
             settings[key] = value
     return settings
-
-
-@contextmanager
-def _spinner(text: str) -> Iterator[Callable[[str], None]]:
-    """Show the current step on stderr while it runs; silent where nobody watches."""
-    if not sys.stderr.isatty():
-        yield lambda step: None
-        return
-    from rich.console import Console
-    from rich.markup import escape
-
-    with Console(stderr=True).status(escape(text)) as status:
-        yield lambda step: status.update(escape(step))
 
 
 def _as_text(report: "ConversionReport") -> str:

@@ -3,21 +3,23 @@
 import csv
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Column, Table
 
-from .options import ClusterLayer, Device, Dtype, Json, Model, load_on_device, load_processor
+from .options import ClusterLayer, Device, Dtype, Json, Model, SlidingWindow, load_on_device, load_processor
 
 if TYPE_CHECKING:
     from ..evaluation import EvaluationReport
 
-__all__ = ["evaluate"]
+SCORES = {"mean_iou": "mIoU", "pixel_accuracy": "pixel acc.", "boundary_f": "boundary F", "agreement": "agreement"}
 
 
 def evaluate(
     model: Model,
-    images: Annotated[Path, typer.Option(help="Folder of pictures.", show_default=False)],
+    images: Annotated[Path, typer.Option(help="Folder of pictures.")],
     labels: Annotated[
         Path, typer.Option(help="Folder of label maps: NAME.png for each picture NAME, class ids as pixel values.")
     ],
@@ -36,9 +38,7 @@ def evaluate(
         bool, typer.Option("--reduce-labels", help="Subtract 1 from every label, ignore 0 (ADE20K's files).")
     ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first pictures.")] = None,
-    sliding_window: Annotated[
-        bool, typer.Option("--sliding-window", help="Predict window by window, with the sizes the model was made for.")
-    ] = False,
+    sliding_window: SlidingWindow = False,
     flip: Annotated[bool, typer.Option("--flip", help="Average with the prediction of the mirror image.")] = False,
     scale: Annotated[
         list[float] | None, typer.Option(help="Average over pictures resized by this factor; repeat for several.")
@@ -66,7 +66,6 @@ def evaluate(
     from ..evaluation import evaluate_segmentation
 
     pairs = pair_files(images, labels)[:limit]
-    _check_ratios(keep_ratio)
     network = load_on_device(model, device, dtype, cluster_layer=cluster_layer)
     ignored = network.config.semantic_loss_ignore_index if ignore_index is None else ignore_index
     report = evaluate_segmentation(
@@ -93,49 +92,36 @@ def evaluate(
         _print_classes(report)
 
 
-def _check_ratios(ratios: list[float] | None) -> None:
-    """Before the model is loaded and run."""
-    for ratio in ratios or ():
-        if not 0 < ratio <= 1:
-            raise ValueError(f"--keep-ratio must be above 0 and at most 1, got {ratio:g}")
-
-
 def _print_table(report: "EvaluationReport", where: str) -> None:
     import torch
-    from rich.table import Table
 
     threads = f", {torch.get_num_threads()} threads" if where.startswith("cpu") else ""
-    table = Table(title=f"{report.num_pictures} pictures, {where}{threads}", title_justify="left")
     rows = report.rows()
-    headings = ["keep_ratio", "mIoU", "pixel acc.", *(["boundary F"] if "boundary_f" in rows[0] else [])]
-    for heading in (*headings, "agreement", "GFLOPs", "ms", "speed-up (quartiles)"):
-        table.add_column(heading, justify="right")
+    scores = {name: title for name, title in SCORES.items() if name in rows[0]}
+    headings = ("keep_ratio", *scores.values(), "GFLOPs", "ms", "speed-up (quartiles)")
+    table = Table(*map(_numbers, headings), title=f"{report.num_pictures} pictures, {where}{threads}")
     for row in rows:
-        quality = [_number(row[name]) for name in ("mean_iou", "pixel_accuracy", "boundary_f") if name in row]
         gflops = "-" if row["gflops"] is None else f"{row['gflops']:.1f}"
         speed = f"{row['speed_up']:.2f} ({row['speed_up_low']:.2f} to {row['speed_up_high']:.2f})"
-        table.add_row(
-            f"{row['keep_ratio']:g}", *quality, _number(row["agreement"]), gflops, f"{row['ms_per_picture']:.0f}", speed
-        )
+        quality = (_number(row[name]) for name in scores)
+        table.add_row(f"{row['keep_ratio']:g}", *quality, gflops, f"{row['ms_per_picture']:.0f}", speed)
     _print(table)
 
 
 def _print_classes(report: "EvaluationReport") -> None:
-    from rich.table import Table
-
-    table = Table(title="IoU", title_justify="left")
-    table.add_column("class")
     budgets = report.to_dict()["budgets"]
-    for budget in budgets:
-        table.add_column(f"{budget['keep_ratio']:g}", justify="right")
+    table = Table("class", *(_numbers(f"{budget['keep_ratio']:g}") for budget in budgets), title="IoU")
     for name in budgets[0]["iou"]:
         table.add_row(name, *(_number(budget["iou"][name]) for budget in budgets))
     _print(table)
 
 
-def _print(table: Any) -> None:
-    from rich.console import Console
+def _numbers(heading: str) -> Column:
+    return Column(heading, justify="right")
 
+
+def _print(table: Table) -> None:
+    table.title_justify = "left"
     console = Console()
     # A pipe has no width of its own; a table that is cut there helps nobody.
     (console if console.is_terminal else Console(width=120)).print(table)

@@ -1,16 +1,11 @@
 """`ailurus-hf info`: what a checkpoint is and what it costs."""
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from .options import Json, KeepRatio
-
-if TYPE_CHECKING:
-    from ..architectures.row import TokenStage
-
-__all__ = ["info"]
 
 NAME_WIDTH = 28
 
@@ -52,28 +47,24 @@ def _describe(model: Any, height: int | None, width: int | None) -> dict[str, di
     auto_class = row.models[type(model).__name__]
     size = (height or config.grid_size[0] * config.patch_size, width or config.grid_size[1] * config.patch_size)
     dense, merged = count_flops(model, *size, keep_ratio=1.0, num_clusters=None), count_flops(model, *size)
+    tokens: dict[str, Any] = {}
+    for stage in row.stages(config, *size):
+        name = f"{stage.name} tokens".lstrip()
+        tokens[name] = f"{stage.grid[0]} x {stage.grid[1]} = {stage.num_tokens}"
+        tokens[f"{name} after merging"] = stage.num_kept
     return {
         "architecture": {
             "class": type(model).__name__,
-            "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+            "parameters": f"{model.num_parameters():,}",
             "dtype": str(model.dtype).removeprefix("torch."),
             **row.facts(config, auto_class),
             **({} if TASKS[auto_class] == FEATURES else {"classes": config.num_labels}),
         },
         "merging": row.settings(config),
         f"one image of {size[0]} x {size[1]} pixels": {
-            **_tokens(row.stages(config, *size)),
+            **tokens,
             "GFLOPs dense": round(dense / 1e9, 2),
             "GFLOPs merged": round(merged / 1e9, 2),
             "ratio": round(dense / merged, 2),
         },
     }
-
-
-def _tokens(stages: list["TokenStage"]) -> dict[str, Any]:
-    counts: dict[str, Any] = {}
-    for stage in stages:
-        name = f"{stage.name} tokens".lstrip()
-        counts[name] = f"{stage.grid[0]} x {stage.grid[1]} = {stage.num_tokens}"
-        counts[f"{name} after merging"] = stage.num_kept
-    return counts

@@ -1,6 +1,5 @@
 """Loading a checkpoint for a command, strictly: a fault is an error here, where `from_pretrained` would only warn."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..architectures.row import SEGMENTATION
 from ..registry import ARCHITECTURES
 from ..utils.errors import CheckpointError
+from ..utils.files import read_json_object
 from ..utils.logging import quiet_transformers
-
-__all__ = ["load_model"]
 
 _SHOWN = 4
 
 
 def load_model(
-    path: str | Path, *, dtype: torch.dtype | None = None, any_head: bool = False, **settings: Any
+    path: str | Path, *, dtype: torch.dtype | str | None = None, any_head: bool = False, **settings: Any
 ) -> PreTrainedModel:
     """Load a checkpoint for inference.
 
@@ -53,8 +51,7 @@ def load_model(
     _check_loading(path, info)
     if "keep_ratio" in chosen:  # an exact count stored in the checkpoint would win over it
         model.config.num_clusters = None
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+    return model.eval()
 
 
 def _model_class(path: str | Path, any_head: bool) -> type[PreTrainedModel]:
@@ -78,8 +75,7 @@ def _model_class(path: str | Path, any_head: bool) -> type[PreTrainedModel]:
             f"{path} holds {name}, which has no segmentation head; give a checkpoint of {wanted} "
             "(`ailurus-hf info` describes any)"
         )
-    chosen: type[PreTrainedModel] = row.load(auto_class)
-    return chosen
+    return row.load(auto_class)
 
 
 def _check_folder(folder: Path) -> None:
@@ -93,7 +89,7 @@ def _check_folder(folder: Path) -> None:
         raise FileNotFoundError(
             f"{folder} holds no config.json; expected a folder written by save_pretrained or `ailurus-hf convert`"
         )
-    _check_config(folder / "config.json")
+    read_json_object(folder / "config.json", "a model_type", CheckpointError)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise FileNotFoundError(f"{folder} holds no weights (*.safetensors)")
@@ -103,15 +99,6 @@ def _check_folder(folder: Path) -> None:
                 pass
         except SafetensorError as error:
             raise CheckpointError(f"{file} is damaged or cut short ({error})") from error
-
-
-def _check_config(file: Path) -> None:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # bad JSON, or not UTF-8
-        raise CheckpointError(f"{file} is not a readable JSON file: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} must hold a JSON object with a model_type, got {type(config).__name__}")
 
 
 def _check_loading(path: str | Path, info: dict[str, Any]) -> None:

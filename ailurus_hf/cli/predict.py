@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from tqdm import tqdm
 
-from .options import ClusterLayer, Device, Dtype, Json, KeepRatio, Model, load_on_device, load_processor
+from ..utils.files import atomic_file, check_output_directory
+from .options import ClusterLayer, Device, Dtype, Json, KeepRatio, Model, SlidingWindow, load_on_device, load_processor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,22 +17,16 @@ if TYPE_CHECKING:
 
     from ..evaluation import Segmentation
 
-__all__ = ["predict"]
-
 
 def predict(
-    images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE...", help="Pictures, or folders of them.", show_default=False)
-    ],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures, or folders of them.")],
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the results; existing ones are replaced.")] = Path(
         "predictions"
     ),
     keep_ratio: KeepRatio = None,
     cluster_layer: ClusterLayer = None,
-    sliding_window: Annotated[
-        bool, typer.Option("--sliding-window", help="Predict window by window, with the sizes the model was made for.")
-    ] = False,
+    sliding_window: SlidingWindow = False,
     device: Device = "auto",
     dtype: Dtype = None,
     as_json: Json = False,
@@ -42,7 +38,6 @@ def predict(
     """
     from ..data.images import list_images, read_image
     from ..evaluation import segment_image
-    from ..utils.files import check_output_directory
     from ..visualization import model_palette
 
     files = list_images(images)
@@ -52,7 +47,7 @@ def predict(
     processor, palette = load_processor(model), model_palette(network.config)
     names = [network.config.id2label[label] for label in range(network.config.num_labels)]
     reports = []
-    for file in _progress(files):
+    for file in tqdm(files, "predicting", leave=False, disable=None):
         picture = read_image(file)
         result = segment_image(network, processor, picture, sliding_window)
         report = _describe(file, picture, result, names)
@@ -77,14 +72,6 @@ def _refuse_equal_names(files: list[Path]) -> None:
         )
 
 
-def _progress(files: list[Path]) -> Any:
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(files, "predicting", console=console, disable=not console.is_terminal, transient=True)
-
-
 def _describe(file: Path, picture: "Image.Image", result: "Segmentation", names: list[str]) -> dict[str, Any]:
     import numpy as np
 
@@ -106,7 +93,6 @@ def _describe(file: Path, picture: "Image.Image", result: "Segmentation", names:
 def _write(
     out: Path, stem: str, picture: "Image.Image", labels: "np.ndarray", palette: "np.ndarray", report: dict[str, Any]
 ) -> None:
-    from ..utils.files import atomic_file
     from ..visualization import indexed_image, overlay
 
     with atomic_file(out / f"{stem}.labels.png") as path:

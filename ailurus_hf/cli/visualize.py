@@ -13,11 +13,9 @@ if TYPE_CHECKING:
 
     from ..evaluation import Segmentation
 
-__all__ = ["save_figure", "visualize"]
-
 
 def visualize(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.", show_default=False)],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.")],
     model: Model,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Picture to write: .png, .pdf or .svg.")] = Path(
         "adaptive_resolution.png"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 
 __all__ = ["SegmentationAugmentation"]
 
@@ -92,15 +92,10 @@ class SegmentationAugmentation:
         """The crop of the scaled picture, bilinear."""
         height = min(self.crop_size[0], _scaled(image.height, scale) - top)
         width = min(self.crop_size[1], _scaled(image.width, scale) - left)
-        box = _box(image.width, scale, left, width), _box(image.height, scale, top, height)
-        region = (box[0][0], box[1][0], box[0][1], box[1][1])
+        (x0, x1), (y0, y1) = _box(image.width, scale, left, width), _box(image.height, scale, top, height)
         # Scaling with a box reads the region alone, edges in fractions of a pixel included.
-        crop = image.resize((width, height), Image.Resampling.BILINEAR, box=region)
-        if (height, width) == self.crop_size:
-            return crop
-        view = Image.new("RGB", (self.crop_size[1], self.crop_size[0]), self.fill)
-        view.paste(crop, (0, 0))
-        return view
+        crop = image.resize((width, height), Image.Resampling.BILINEAR, box=(x0, y0, x1, y1))
+        return ImageOps.expand(crop, (0, 0, self.crop_size[1] - width, self.crop_size[0] - height), self.fill)
 
     def _balanced(self, labels: np.ndarray, ignore_index: int) -> bool:
         if self.max_class_share >= 1:

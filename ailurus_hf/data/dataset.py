@@ -63,8 +63,7 @@ class SegmentationDataset(Dataset[dict[str, torch.Tensor]]):
         """
         if not 0 <= index < len(self):
             raise IndexError(f"index must be from 0 to {len(self) - 1}, got {index}")
-        sample = self._read(index)
-        image, labels = sample.image, sample.labels
+        image, labels, _ = self._read(index)
         settings: dict[str, Any] = {"do_reduce_labels": False}  # the source has done it
         if self.augmentation is not None:
             # A generator of its own for each view: one that went on would depend on what was drawn before.

@@ -1,5 +1,6 @@
 """Finding and reading label maps: pictures whose pixel values are class ids."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from PIL import Image
 
 from .images import ImageFileError, list_images, opened
 
-__all__ = ["label_array", "pair_files", "read_labels"]
+__all__ = ["check_label_files", "label_array", "pair_files", "read_labels"]
 
 SHOWN = 3
 
@@ -21,13 +22,22 @@ def pair_files(images: str | Path, labels: str | Path) -> list[tuple[Path, Path]
             some of the missing files.
     """
     pairs = [(image, Path(labels) / f"{image.stem}.png") for image in list_images([images])]
+    check_label_files(pairs)
+    return pairs
+
+
+def check_label_files(pairs: Sequence[tuple[Path, Path]]) -> None:
+    """Check that every picture has its label map.
+
+    Raises:
+        FileNotFoundError: some are missing; the message names a few.
+    """
     missing = [str(label) for _, label in pairs if not label.is_file()]
     if missing:
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise FileNotFoundError(
             f"{len(missing)} of {len(pairs)} label files are missing: {', '.join(missing[:SHOWN])}{more}"
         )
-    return pairs
 
 
 def read_labels(path: str | Path) -> np.ndarray:

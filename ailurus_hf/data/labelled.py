@@ -1,6 +1,7 @@
 """What every source of training and evaluation data gives: a picture with the class of each pixel."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ class LabelledImage(NamedTuple):
     name: str
 
 
+@dataclass
 class LabelRule:
     """How the numbers in label files become classes.
 
@@ -38,21 +40,16 @@ class LabelRule:
         ValueError: `reduce_labels` together with `label_ids`, or `ignore_index` is one of the classes.
     """
 
-    def __init__(
-        self,
-        num_labels: int | None = None,
-        ignore_index: int = 255,
-        reduce_labels: bool = False,
-        label_ids: Mapping[int, int] | None = None,
-    ) -> None:
-        if reduce_labels and label_ids is not None:
+    num_labels: int | None = None
+    ignore_index: int = 255
+    reduce_labels: bool = False
+    label_ids: Mapping[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.reduce_labels and self.label_ids is not None:
             raise ValueError("reduce_labels and label_ids both renumber the labels; give one of them")
-        if num_labels is not None and 0 <= ignore_index < num_labels:
-            raise ValueError(f"ignore_index must not be one of the {num_labels} classes, got {ignore_index}")
-        self.num_labels = num_labels
-        self.ignore_index = ignore_index
-        self.reduce_labels = reduce_labels
-        self.label_ids = dict(label_ids) if label_ids is not None else None
+        if self.num_labels is not None and 0 <= self.ignore_index < self.num_labels:
+            raise ValueError(f"ignore_index must not be one of the {self.num_labels} classes, got {self.ignore_index}")
 
     def __call__(self, labels: np.ndarray, name: str) -> np.ndarray:
         """Classes of a label map (height, width) of integers, as int64.
@@ -62,18 +59,17 @@ class LabelRule:
         """
         labels = labels.astype(np.int64)
         if self.label_ids is not None:
-            labels = self._mapped(labels)
+            labels = self._mapped(labels, self.label_ids)
         elif self.reduce_labels:
             nothing = (labels == 0) | (labels == self.ignore_index)
             labels = np.where(nothing, self.ignore_index, labels - 1)
         self._check(labels, name)
         return labels
 
-    def _mapped(self, labels: np.ndarray) -> np.ndarray:
-        assert self.label_ids is not None
+    def _mapped(self, labels: np.ndarray, label_ids: Mapping[int, int]) -> np.ndarray:
         # A table up to the largest value there is: one lookup for the whole map, in place of one pass for each class.
-        table = np.full(max(labels.max(initial=0), *self.label_ids, 0) + 1, self.ignore_index, dtype=np.int64)
-        for value, label in self.label_ids.items():
+        table = np.full(max(labels.max(initial=0), *label_ids, 0) + 1, self.ignore_index, dtype=np.int64)
+        for value, label in label_ids.items():
             table[value] = label
         return np.where(labels < 0, self.ignore_index, table[labels])
 

@@ -3,7 +3,6 @@
 A source is a sequence of `LabelledImage`: `len(source)`, `source[index]`. Nothing is read before it is asked for.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..utils.files import read_json_object
 from .images import read_image
-from .label_maps import label_array, pair_files, read_labels
+from .label_maps import check_label_files, label_array, pair_files, read_labels
 from .labelled import LabelledImage, LabelRule
 
 __all__ = ["CITYSCAPES_CLASSES", "HubSegmentation", "SegmentationFolder", "open_layout"]
@@ -81,7 +81,8 @@ class SegmentationFolder(Sequence[LabelledImage]):
         ignored.
         """
         folder = _existing(Path(root) / split)
-        classes = _read_classes(Path(root) / "classes.json")
+        file = Path(root) / "classes.json"
+        classes = read_json_object(file, "id2label") if file.is_file() else {}
         names = {int(index): name for index, name in classes.get("id2label", {}).items()} or None
         rule = LabelRule(len(names) if names else None, classes.get("ignore_index", 255))
         return cls(pair_files(folder / "images", folder / "labels"), rule, names, classes.get("palette"))
@@ -195,18 +196,6 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _read_classes(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        classes = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not a readable JSON file: {error}") from error
-    if not isinstance(classes, dict):
-        raise ValueError(f"{file} must hold a JSON object with id2label, got {type(classes).__name__}")
-    return classes
-
-
 def _ade20k_names(root: Path) -> dict[int, str] | None:
     """First synonym of every class from the table `Idx Ratio Train Val Name`, separated by tabs."""
     file = root / "objectInfo150.txt"
@@ -224,7 +213,5 @@ def _city_pairs(images: Path, labels: Path, suffix: str) -> list[tuple[Path, Pat
         (picture, labels / picture.parent.name / picture.name.replace("_leftImg8bit.png", suffix))
         for picture in pictures
     ]
-    missing = [str(label) for _, label in pairs if not label.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{len(missing)} label files are missing, such as {', '.join(missing[:3])}")
+    check_label_files(pairs)
     return pairs

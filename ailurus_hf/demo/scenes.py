@@ -6,43 +6,21 @@ to the picture and to the label map alike, so the labels are exact, occlusion in
 touch the picture only. Classes share colours on purpose (grey road, pavement, walls, cars): colour does not tell them.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from ailurus_hf.demo.scene_parts.backdrop import paint_ground, paint_sky, paint_skyline
-from ailurus_hf.demo.scene_parts.houses import paint_row
-from ailurus_hf.demo.scene_parts.painter import (
-    FAR,
-    SKY,
-    SUPERSAMPLE,
-    WEATHERS,
-    Bytes,
-    Camera,
-    Light,
-    Painter,
-    Street,
-    fractal_noise,
-)
-from ailurus_hf.demo.scene_parts.props import DRAWERS, place_props
-from ailurus_hf.demo.scene_parts.shadows import cast_shadows
+from .scene_parts.painter import FAR, SUPERSAMPLE, WEATHERS, Camera, Label, Light, Painter, Street, fractal_noise
+from .scene_parts.props import DRAWERS, cast_shadows, place_props
+from .scene_parts.surroundings import paint_ground, paint_row, paint_sky, paint_skyline
 
-CLASS_NAMES: tuple[str, ...] = ("sky", "building", "road", "pavement", "tree", "pole", "sign", "car", "person")
-PALETTE: tuple[tuple[int, int, int], ...] = (
-    (142, 202, 230),
-    (188, 143, 143),
-    (94, 84, 142),
-    (231, 196, 231),
-    (82, 150, 85),
-    (120, 120, 128),
-    (255, 190, 11),
-    (33, 104, 189),
-    (214, 60, 78),
-)
+CLASS_NAMES = tuple(label.name.lower() for label in Label)
+PALETTE = (
+    (142, 202, 230), (188, 143, 143), (94, 84, 142), (231, 196, 231), (82, 150, 85), (120, 120, 128), (255, 190, 11),
+    (33, 104, 189), (214, 60, 78),
+)  # fmt: skip
 
 MIN_SIZE = 16
 """Smallest height and width of a scene, in pixels."""
@@ -55,8 +33,8 @@ class Scene:
     `image`: uint8 (height, width, 3), RGB. `labels`: uint8 (height, width), an index into `CLASS_NAMES` per pixel.
     """
 
-    image: Bytes
-    labels: Bytes
+    image: np.ndarray
+    labels: np.ndarray
 
 
 def draw_scene(seed: int, height: int = 256, width: int = 512) -> Scene:
@@ -109,7 +87,7 @@ def _new_painter(rng: np.random.Generator, height: int, width: int) -> Painter:
     )
     return Painter(
         image=Image.new("RGB", (width, height)),
-        labels=Image.new("L", (width, height), SKY),
+        labels=Image.new("L", (width, height), Label.SKY),
         camera=camera,
         light=Light(weather, sun),
         street=street,
@@ -118,7 +96,7 @@ def _new_painter(rng: np.random.Generator, height: int, width: int) -> Painter:
     )
 
 
-def _develop(painter: Painter, height: int, width: int) -> Bytes:
+def _develop(painter: Painter, height: int, width: int) -> np.ndarray:
     """Canvas -> photograph: box-filtered to size, tinted, vignetted, slightly soft and noisy."""
     rng = painter.rng
     small = painter.image.reduce(SUPERSAMPLE)

@@ -1,13 +1,17 @@
-"""What every metric is here: sums that grow picture by picture."""
+"""What every metric is here, sums that grow picture by picture; and metrics of `evaluate` by name."""
 
 from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..utils.extras import needs_extra
 
-__all__ = ["Accumulator"]
+__all__ = ["Accumulator", "load_metric", "metric_names"]
+
+METRICS = Path(__file__).parent / "metrics"
 
 
 class Accumulator(ABC):
@@ -47,3 +51,26 @@ class Accumulator(ABC):
             from accelerate.utils import gather_object
 
         self.counts = torch.stack(gather_object([self.counts])).sum(0)
+
+
+def metric_names() -> list[str]:
+    """Names of the metrics that the package brings."""
+    return sorted(folder.name for folder in METRICS.iterdir() if (folder / f"{folder.name}.py").is_file())
+
+
+def load_metric(name: str, **settings: Any) -> Any:
+    """Load a metric of this package with `evaluate.load`; needs no network.
+
+    Args:
+        name: "mean_iou", "boundary_f", "agreement" or "depth".
+        settings: for the metric, such as `num_labels=150, ignore_index=255`.
+
+    Raises:
+        ValueError: there is no such metric.
+    """
+    if name not in metric_names():
+        raise ValueError(f"name must be one of {', '.join(metric_names())}, got {name!r}")
+    with needs_extra("eval", "metrics for `evaluate`"):
+        import evaluate
+
+    return evaluate.load(str(METRICS / name), **settings)

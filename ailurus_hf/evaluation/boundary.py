@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .accumulator import Accumulator
-from .segmentation import check_label_maps
+from .segmentation import check_label_maps, check_shapes
 
 __all__ = ["BoundaryScore"]
 
@@ -44,11 +44,9 @@ class BoundaryScore(Accumulator):
         Raises:
             ValueError: as in `ConfusionMatrix.update`, or the maps are not two-dimensional.
         """
-        if labels.ndim != 2 or predictions.shape != labels.shape:
-            raise ValueError(
-                "predictions and labels must both be (height, width), of the same shape, got "
-                f"{tuple(predictions.shape)} and {tuple(labels.shape)}"
-            )
+        check_shapes(predictions, labels, "labels")
+        if labels.ndim != 2:
+            raise ValueError(f"predictions and labels must both be (height, width), got {tuple(labels.shape)}")
         labels = labels.long().cpu()
         # Or the prediction would have boundaries, and misses, where nobody knows the truth.
         predictions = torch.where(labels == self.ignore_index, self.ignore_index, predictions.long().cpu())

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .accumulator import Accumulator
+from .segmentation import check_shapes
 
 __all__ = ["DepthErrors"]
 
@@ -45,11 +46,7 @@ class DepthErrors(Accumulator):
         Raises:
             ValueError: the shapes differ, or a prediction that counts is not finite.
         """
-        if predictions.shape != references.shape:
-            raise ValueError(
-                f"predictions and references must have the same shape, got {tuple(predictions.shape)} and "
-                f"{tuple(references.shape)}"
-            )
+        check_shapes(predictions, references, "references")
         truth = references.double().cpu()
         counted = truth.isfinite() & (truth > self.min_depth)
         if self.max_depth is not None:

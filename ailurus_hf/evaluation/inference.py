@@ -1,6 +1,6 @@
 """From a picture to its label map."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,14 +95,19 @@ def class_scores(
     if not scales or min(scales) <= 0:
         raise ValueError(f"scales must be one or more numbers above 0, got {list(scales)}")
     size = size or (pixel_values.shape[-2], pixel_values.shape[-1])
-    views = [
-        _logits(model, view, size, sliding_window, mirrored) for view, mirrored in _views(pixel_values, flip, scales)
-    ]
+    views = []
+    for scale in scales:
+        height, width = (max(round(side * scale), 1) for side in pixel_values.shape[-2:])
+        view = _resize(pixel_values, (height, width))
+        views.append(_resize(_logits(model, view, sliding_window), size))
+        if flip:
+            views.append(_resize(_logits(model, view.flip(-1), sliding_window).flip(-1), size))
     if len(views) == 1:
         return views[0]
     return torch.stack([logits.softmax(1) for logits in views]).mean(0)
 
 
+@torch.no_grad()
 def segment_image(
     model: PreTrainedModel,
     image_processor: Any,
@@ -125,15 +130,10 @@ def segment_image(
     """
     pixel_values = image_processor(image, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
     size = (image.height, image.width)
-    if not (sliding_window or flip or tuple(scales) != (1.0,)):
-        return _segment_whole(model, pixel_values, size)
-    scores = class_scores(model, pixel_values, size, sliding_window=sliding_window, flip=flip, scales=scales)
-    return Segmentation(scores[0].argmax(0).cpu().numpy())
-
-
-@torch.no_grad()
-def _segment_whole(model: PreTrainedModel, pixel_values: Tensor, size: tuple[int, int]) -> Segmentation:
-    """One view of the whole picture: the only case with clusters to tell of."""
+    if sliding_window or flip or tuple(scales) != (1.0,):
+        scores = class_scores(model, pixel_values, size, sliding_window=sliding_window, flip=flip, scales=scales)
+        return Segmentation(scores[0].argmax(0).cpu().numpy())
+    # One view of the whole picture: the only case with clusters to tell of.
     output = model(pixel_values)
     logits = _resize(output.logits, size)
     return Segmentation(logits[0].argmax(0).cpu().numpy(), _cluster_maps(model.config, output, pixel_values, size))
@@ -157,29 +157,14 @@ def _cluster_maps(config: Any, output: Any, pixel_values: Tensor, size: tuple[in
     )
 
 
-def _views(pixel_values: Tensor, flip: bool, scales: Sequence[float]) -> Iterator[tuple[Tensor, bool]]:
-    """The pictures at every scale, and whether they are mirrored."""
-    for scale in scales:
-        height, width = (max(round(side * scale), 1) for side in pixel_values.shape[-2:])
-        view = _resize(pixel_values, (height, width))
-        yield view, False
-        if flip:
-            yield view.flip(-1), True
-
-
-def _logits(
-    model: PreTrainedModel, view: Tensor, size: tuple[int, int], sliding_window: bool, mirrored: bool
-) -> Tensor:
-    if sliding_window:
-        config = model.config
-        if getattr(config, "window_size", None) is None:
-            raise ValueError("sliding_window needs config.window_size, which this model does not have")
-        stride = config.window_stride or config.window_size
-        logits = sliding_window_logits(model, view, config.window_size, stride)
-    else:
-        logits = model(pixel_values=view).logits
-    logits = logits.flip(-1) if mirrored else logits
-    return _resize(logits.float(), size)
+def _logits(model: PreTrainedModel, view: Tensor, sliding_window: bool) -> Tensor:
+    if not sliding_window:
+        return model(pixel_values=view).logits.float()
+    config = model.config
+    if getattr(config, "window_size", None) is None:
+        raise ValueError("sliding_window needs config.window_size, which this model does not have")
+    stride = config.window_stride or config.window_size
+    return sliding_window_logits(model, view, config.window_size, stride).float()
 
 
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:

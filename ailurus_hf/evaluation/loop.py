@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..benchmark import SpeedUp, count_flops, speed_up, time_side_by_side
@@ -20,12 +21,6 @@ from .accumulator import Accumulator
 from .boundary import BoundaryScore
 from .inference import Segmentation, segment_image
 from .segmentation import Agreement, ConfusionMatrix, number_or_none
-
-with needs_extra("eval", "evaluations at several budgets"):
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-    from rich.console import Console
-    from rich.progress import track
 
 __all__ = ["BudgetResult", "EvaluationReport", "evaluate_segmentation"]
 
@@ -53,8 +48,8 @@ class BudgetResult:
     @property
     def metrics(self) -> list[Accumulator]:
         """Those that are counted."""
-        found = (self.confusion, self.boundary, self.agreement)
-        return [metric for metric in found if metric is not None]
+        boundary = [] if self.boundary is None else [self.boundary]
+        return [self.confusion, *boundary, self.agreement]
 
 
 @dataclass
@@ -83,10 +78,8 @@ class EvaluationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, with IoU and accuracy of every class, as JSON takes it."""
-        budgets = []
-        for row, result in zip(self.rows(), self.budgets, strict=True):
-            summary = result.confusion.summary(self.id2label)
-            budgets.append({**row, "iou": summary["iou"], "accuracy": summary["accuracy"]})
+        summaries = (result.confusion.summary(self.id2label) for result in self.budgets)
+        budgets = [row | summary for row, summary in zip(self.rows(), summaries, strict=True)]
         return {"pictures": self.num_pictures, "skipped": self.skipped, "budgets": budgets}
 
     def _row(self, result: BudgetResult) -> dict[str, Any]:
@@ -138,20 +131,30 @@ def evaluate_segmentation(
         TypeError: budgets other than 1 for a model that has none.
         ImageFileError: a file is damaged and `skip_unreadable` is False.
     """
+    with needs_extra("eval", "evaluations at several budgets"):
+        from accelerate import PartialState
+        from accelerate.utils import gather_object
+
     if not len(samples):
         raise ValueError("samples must hold at least one picture with labels, got none")
     if ignore_index is None:
         ignore_index = getattr(model.config, "semantic_loss_ignore_index", 255)
     results = _empty_results(keep_ratios, model.config.num_labels, ignore_index, boundary)
-    state = _processes()
+    # The processes that were launched together; without an accelerator they must be told to be on the CPU.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     share = range(state.process_index, len(samples), state.num_processes)
     skipped: list[str] = []
     model.eval()
     # Every n-th picture, not a block of them: neighbours tend to be of one size, and the processes end together.
-    indices = _tracked(share, progress and state.is_main_process)
+    # A bar is disabled by None where stderr is no terminal.
+    indices = tqdm(share, "evaluating", leave=False, disable=None if progress and state.is_main_process else True)
     for sample in _read(samples, indices, skipped if skip_unreadable else None):
         _evaluate_picture(model, image_processor, sample, results, views)
-    _add_processes(results)
+    for result in results:  # counts and times of all processes, in every process
+        for metric in result.metrics:
+            metric.add_processes()
+        result.seconds = gather_object(result.seconds)
+        result.gflops = gather_object([result.gflops])[0]
     skipped = gather_object(skipped)
     if not results[0].seconds:
         raise ValueError(f"none of the {len(samples)} samples could be read; the first: {skipped[0]}")
@@ -225,22 +228,3 @@ def _gflops(model: PreTrainedModel, image_processor: Any, sample: LabelledImage,
         return None
     size = image_processor(sample.image, return_tensors="pt")["pixel_values"].shape[-2:]
     return count_flops(model, *size, keep_ratio=keep_ratio, num_clusters=None) / 1e9
-
-
-def _add_processes(results: list[BudgetResult]) -> None:
-    """Sums of all processes' counts in every process; times one after the other."""
-    for result in results:
-        for metric in result.metrics:
-            metric.add_processes()
-        result.seconds = gather_object(result.seconds)
-        result.gflops = gather_object([result.gflops])[0]
-
-
-def _processes() -> PartialState:
-    """The processes that were launched together; without an accelerator they must be told to be on the CPU."""
-    return PartialState(cpu=not torch.accelerator.is_available())
-
-
-def _tracked(indices: range, shown: bool) -> Any:
-    console = Console(stderr=True)
-    return track(indices, "evaluating", console=console, disable=not (shown and console.is_terminal), transient=True)

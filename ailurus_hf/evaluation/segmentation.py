@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .accumulator import Accumulator
 
-__all__ = ["Agreement", "ConfusionMatrix", "check_label_maps"]
+__all__ = ["Agreement", "ConfusionMatrix", "check_label_maps", "check_shapes"]
 
 
 class ConfusionMatrix(Accumulator):
@@ -91,7 +91,7 @@ class Agreement(Accumulator):
         Raises:
             ValueError: the shapes differ.
         """
-        _check_shapes(predictions, references, "references")
+        check_shapes(predictions, references, "references")
         equal = (predictions.cpu() == references.cpu()).sum()
         self.counts += torch.tensor([int(equal), predictions.numel()])
 
@@ -110,7 +110,7 @@ def check_label_maps(predictions: Tensor, labels: Tensor, num_labels: int, ignor
     Raises:
         ValueError: they do not.
     """
-    _check_shapes(predictions, labels, "labels")
+    check_shapes(predictions, labels, "labels")
     counted = labels != ignore_index
     for name, values in (("labels", labels[counted]), ("predictions", predictions[counted.to(predictions.device)])):
         if values.numel() and not 0 <= values.min() <= values.max() < num_labels:
@@ -121,7 +121,8 @@ def check_label_maps(predictions: Tensor, labels: Tensor, num_labels: int, ignor
             )
 
 
-def _check_shapes(predictions: Tensor, labels: Tensor, name: str) -> None:
+def check_shapes(predictions: Tensor, labels: Tensor, name: str) -> None:
+    """Check that two maps have the same shape; `name` is what the second one is called in the ValueError."""
     if predictions.shape != labels.shape:
         raise ValueError(
             f"predictions and {name} must have the same shape, got {tuple(predictions.shape)} and {tuple(labels.shape)}"

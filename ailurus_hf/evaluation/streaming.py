@@ -3,7 +3,6 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,9 +15,7 @@ with needs_extra("eval", "metrics for `evaluate`"):
     import datasets
     import evaluate
 
-__all__ = ["StreamingMetric", "load_metric", "metric_names"]
-
-FOLDER = Path(__file__).parent / "metrics"
+__all__ = ["StreamingMetric"]
 
 
 class StreamingMetric(evaluate.Metric, ABC):
@@ -105,26 +102,6 @@ class StreamingMetric(evaluate.Metric, ABC):
             inputs_description="predictions and references: lists of maps (height, width)",
             features=datasets.Features({"predictions": maps, "references": maps}),
         )
-
-
-def metric_names() -> list[str]:
-    """Names of the metrics that the package brings."""
-    return sorted(folder.name for folder in FOLDER.iterdir() if (folder / f"{folder.name}.py").is_file())
-
-
-def load_metric(name: str, **settings: Any) -> evaluate.Metric:
-    """Load a metric of this package with `evaluate.load`; needs no network.
-
-    Args:
-        name: "mean_iou", "boundary_f", "agreement" or "depth".
-        settings: for the metric, such as `num_labels=150, ignore_index=255`.
-
-    Raises:
-        ValueError: there is no such metric.
-    """
-    if name not in metric_names():
-        raise ValueError(f"name must be one of {', '.join(metric_names())}, got {name!r}")
-    return evaluate.load(str(FOLDER / name), **settings)
 
 
 def _tensor(name: str, value: Any) -> torch.Tensor:

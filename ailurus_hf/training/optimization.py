@@ -1,6 +1,7 @@
 """Learning rates that fall towards the input, and budgets that change during training."""
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,21 +36,18 @@ def layerwise_parameter_groups(
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay must be above 0 and at most 1, got {layer_decay}")
     depth_of, depth = _depths(model)
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        level, decays = depth_of.get(id(parameter), depth), _decays(name, parameter)
-        group = groups.setdefault(
-            (level, decays),
-            {
-                "params": [],
-                "lr": learning_rate * layer_decay ** (depth - level),
-                "weight_decay": weight_decay if decays else 0.0,
-            },
-        )
-        group["params"].append(parameter)
-    return [groups[key] for key in sorted(groups)]
+        if parameter.requires_grad:
+            groups[depth_of.get(id(parameter), depth), _decays(name, parameter)].append(parameter)
+    return [
+        {
+            "params": groups[level, decays],
+            "lr": learning_rate * layer_decay ** (depth - level),
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for level, decays in sorted(groups)
+    ]
 
 
 def freeze_layers(model: PreTrainedModel, count: int) -> None:

@@ -1,6 +1,7 @@
 """`transformers.Trainer` for semantic segmentation: exact loss, streamed metrics, another budget for evaluation."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..budget import keep_ratio_of, with_budget
 from ..data.dataset import SegmentationCollator
@@ -68,20 +68,10 @@ class SegmentationTrainer(Trainer):
         super().__init__(model, args, compute_loss_func=loss, **kwargs)
         self.add_callback(_EpochOfViews())
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`.
-
-        Raises:
-            ValueError: the checkpoint's tensors are not those of the model.
-            FileNotFoundError: True, but there is no checkpoint in the output folder.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise FileNotFoundError(f"{self.args.output_dir} holds no checkpoint to resume from")
-        if resume_from_checkpoint:
-            check_resume(str(resume_from_checkpoint), self.accelerator.unwrap_model(self.model))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # Trainer itself would warn about tensors that are not the model's, and train on.
+        check_resume(resume_from_checkpoint, self.accelerator.unwrap_model(self.model))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The step's micro-batches, and what their losses are divided by: see `SegmentationLoss`."""
@@ -111,9 +101,8 @@ class SegmentationTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`, at `eval_keep_ratio`."""
-        if self.eval_keep_ratio is None:
-            return super().evaluation_loop(*args, **kwargs)
-        with with_budget(self.model, keep_ratio=self.eval_keep_ratio):
+        ratio = self.eval_keep_ratio
+        with nullcontext() if ratio is None else with_budget(self.model, keep_ratio=ratio):
             return super().evaluation_loop(*args, **kwargs)
 
     def create_model_card(
@@ -177,12 +166,9 @@ class _RunningCounts(SegmentationMetrics):
 
     def __call__(self, prediction: Any, compute_result: bool = True) -> dict[str, float]:
         scores = super().__call__(prediction, compute_result)
-        if not compute_result:
-            return scores
-        return {
-            **scores,
-            "keep_ratio": keep_ratio_of(self.trainer.accelerator.unwrap_model(self.trainer.model)),
-        }
+        if compute_result:
+            scores["keep_ratio"] = keep_ratio_of(self.trainer.accelerator.unwrap_model(self.trainer.model))
+        return scores
 
     def add(self, predictions: Tensor, labels: Tensor) -> None:
         """Add counts (B, num_labels, num_labels)."""
@@ -237,12 +223,10 @@ def check_resume(checkpoint: str | Path, model: Any) -> None:
     if not stored or stored == expected:
         return
     names = [name for name in sorted(stored | expected) if stored.get(name) != expected.get(name)]
-    shown = "; ".join(f"{name} is {_shape(stored, name)}, here {_shape(expected, name)}" for name in names[:SHOWN])
+    shown = "; ".join(
+        f"{name} is {stored.get(name, 'absent')}, here {expected.get(name, 'absent')}" for name in names[:SHOWN]
+    )
     raise ValueError(
         f"{folder} was made by another architecture: {len(names)} tensors differ ({shown}). Resume with the model and "
         "the settings that it was made with, or start a new run in another folder"
     )
-
-
-def _shape(shapes: dict[str, tuple[int, ...]], name: str) -> str:
-    return str(shapes[name]) if name in shapes else "absent"

@@ -1,17 +1,36 @@
-"""Writing files and folders so that an interrupted run leaves nothing half-written.
+"""Reading JSON, and writing files and folders so that an interrupted run leaves nothing half-written.
 
 Everything is written to a temporary sibling (same folder, so same file system) and renamed at the end: the output
 either holds everything or does not change.
 """
 
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["atomic_directory", "atomic_file", "check_output_directory"]
+__all__ = ["atomic_directory", "atomic_file", "check_output_directory", "read_json_object"]
+
+
+def read_json_object(path: Path, wanted: str, error: type[ValueError] = ValueError) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Args:
+        path: the file.
+        wanted: what the object should hold, for the message.
+        error: what to raise where it does not hold one, or no JSON.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as fault:  # bad JSON, or not UTF-8
+        raise error(f"{path} is not a readable JSON file: {fault}") from fault
+    if not isinstance(content, dict):
+        raise error(f"{path} must hold a JSON object with {wanted}, got {type(content).__name__}")
+    return content
 
 
 def check_output_directory(path: str | os.PathLike[str], overwrite: bool = False, marker: str | None = None) -> Path:
@@ -55,43 +74,42 @@ def atomic_directory(
     On any exception, `KeyboardInterrupt` included, the temporary folder and the parents created for it are removed and
     what was at `path` stays untouched. The arguments and errors are those of [`check_output_directory`].
     """
-    target = check_output_directory(path, overwrite, marker)
-    created = _create_parents(target.parent)
-    fresh = _sibling(target)
-    try:
+    with _replacing(check_output_directory(path, overwrite, marker)) as fresh:
         fresh.mkdir()
         yield fresh
-        _swap(fresh, target)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        _remove_empty(created)
-        raise
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[Path]:
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield the path of a temporary file beside `path` (same suffix) and rename it to `path` when the block ends well.
 
     On any exception, `KeyboardInterrupt` included, the temporary file is removed and `path` stays untouched.
 
     Raises:
-        FileExistsError: the file exists and `overwrite` is false.
         IsADirectoryError: `path` is a folder.
         NotADirectoryError, PermissionError: as in [`check_output_directory`].
     """
     target = Path(path).resolve()
     if target.is_dir():
         raise IsADirectoryError(f"{path} is a folder, so no file can be written there; choose another output")
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists already; choose another output or add --overwrite to replace it")
     _check_parent(target)
+    with _replacing(target) as fresh:
+        yield fresh
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """Yield an unused path beside `target`; what the block puts there replaces `target`, or is removed on failure."""
     created = _create_parents(target.parent)
     fresh = _sibling(target)
     try:
         yield fresh
-        os.replace(fresh, target)
+        _swap(fresh, target)
     except BaseException:
-        fresh.unlink(missing_ok=True)
+        if fresh.is_dir():
+            shutil.rmtree(fresh, ignore_errors=True)
+        else:
+            fresh.unlink(missing_ok=True)
         _remove_empty(created)
         raise
 
@@ -103,8 +121,8 @@ def _sibling(target: Path) -> Path:
 
 def _swap(fresh: Path, target: Path) -> None:
     """Put `fresh` in the place of `target`; an old folder is put back if that fails half-way."""
-    if not target.exists():
-        os.rename(fresh, target)
+    if not target.is_dir():
+        os.replace(fresh, target)
         return
     old = _sibling(target)
     try:
@@ -120,9 +138,7 @@ def _swap(fresh: Path, target: Path) -> None:
 
 def _check_parent(target: Path) -> None:
     """Check that the nearest existing folder above `target` is a folder in which this process may create files."""
-    parent = target.parent
-    while not parent.exists() and parent != parent.parent:
-        parent = parent.parent
+    parent = next(folder for folder in target.parents if folder.exists())
     if not parent.is_dir():
         raise NotADirectoryError(f"cannot write {target}: {parent} is a file, not a folder; choose another output")
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -131,12 +147,8 @@ def _check_parent(target: Path) -> None:
 
 def _create_parents(parent: Path) -> list[Path]:
     """Create the missing folders down to `parent`; return them, innermost first."""
-    missing = []
-    while not parent.exists():
-        missing.append(parent)
-        parent = parent.parent
-    for folder in reversed(missing):
-        folder.mkdir(exist_ok=True)
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    parent.mkdir(parents=True, exist_ok=True)
     return missing
 
 

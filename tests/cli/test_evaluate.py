@@ -55,7 +55,7 @@ def test_mistakes_are_one_line(arguments: list[str], capfd: pytest.CaptureFixtur
         assert err.count("\n") == 1, err
         return err
 
-    assert "--keep-ratio must be above 0 and at most 1, got 2" in complaint("--keep-ratio", "2")
+    assert "'keep_ratio': ValueError: must be above 0 and at most 1, got 2" in complaint("--keep-ratio", "2")
     assert "labels outside the classes: 9" in complaint("--ignore-index", "200")
     assert "holds no pictures" in complaint("--images", "data/val")
     assert "3 of 3 label files are missing" in complaint("--labels", "elsewhere")

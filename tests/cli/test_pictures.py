@@ -114,7 +114,7 @@ def test_predict_warns_without_an_image_processor(capfd):
         (["pictures", "--keep-ratio", "many"], "Invalid value for '--keep-ratio'"),
         (["pictures", "--cluster-layer", "4"], "it must be at most 3, got 4"),
         (["pictures", "--cluster-layer", "-1"], "must be at least 0, got -1"),
-        (["pictures", "--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got int8"),
+        (["pictures", "--dtype", "int8"], "'int8' is not one of 'float32', 'bfloat16', 'float16'"),
         (["pictures", "--device", "abacus"], "--device abacus is not available here"),
         (["nowhere.png"], "nowhere.png does not exist"),
         (["empty"], "empty holds no pictures"),

@@ -69,7 +69,7 @@ def test_cityscapes_layout(tmp_path, kind):
 def test_missing_cityscapes_labels_are_named(tmp_path):
     save(tmp_path / "leftImg8bit" / "train" / "ulm" / "x_leftImg8bit.png", Image.new("RGB", (4, 3)))
     (tmp_path / "gtFine" / "train" / "ulm").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=r"1 label files are missing, such as .*x_gtFine_label"):
+    with pytest.raises(FileNotFoundError, match=r"1 of \d label files are missing: .*x_gtFine_label"):
         SegmentationFolder.cityscapes(tmp_path)
 
 

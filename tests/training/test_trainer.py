@@ -114,7 +114,7 @@ def test_a_resumed_run_has_the_same_curve(data, tmp_path, accumulation):
 
 
 def test_resuming_needs_a_checkpoint_of_the_same_architecture(data, tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
         trainer_for(data, network(), tmp_path / "none").train(resume_from_checkpoint=True)
     first = trainer_for(data, network(), tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1)
     first.train()

@@ -1,17 +1,15 @@
 """The brush: camera, light, and strokes that paint the picture and its label map together."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-SKY, BUILDING, ROAD, PAVEMENT, TREE, POLE, SIGN, CAR, PERSON = range(9)
+Label = IntEnum("Label", "SKY BUILDING ROAD PAVEMENT TREE POLE SIGN CAR PERSON", start=0)
 
 SUPERSAMPLE = 2  # canvas pixels per final pixel, along each side
 NEAR, FAR = 1.2, 110.0  # metres ahead of the camera between which the street is built
@@ -22,12 +20,9 @@ WALLS = (
 )  # fmt: skip
 BRIGHT = ((186, 46, 44), (36, 94, 150), (40, 120, 80), (226, 170, 50), (120, 60, 110), (230, 230, 225), (50, 54, 60))
 
-Colour = Sequence[float] | NDArray[Any]
+Colour = Sequence[float] | np.ndarray
 Point = tuple[float, float]
 Point3 = tuple[float, float, float]
-Floats = NDArray[np.float32]
-Bytes = NDArray[np.uint8]
-Bools = NDArray[np.bool_]
 
 
 class Weather(NamedTuple):
@@ -105,21 +100,20 @@ class Painter:
     camera: Camera
     light: Light
     street: Street
-    noise: Floats
+    noise: np.ndarray
     rng: np.random.Generator
 
     def __post_init__(self) -> None:
         self._image_draw = ImageDraw.Draw(self.image)
         self._label_draw = ImageDraw.Draw(self.labels)
 
-    def shade(self, colour: Colour, z: float, factor: float = 1.0) -> tuple[int, int, int]:
+    def shade(self, colour: Colour, z: float, factor: float = 1.0) -> tuple[int, ...]:
         """`colour` under the light, faded into the haze at distance `z` metres."""
         haze = 1.0 - math.exp(-z / self.light.weather.haze)
         mixed = (c * factor * (1 - haze) + low * haze for c, low in zip(colour, self.light.weather.low, strict=True))
-        red, green, blue = (int(min(255.0, max(0.0, m))) for m in mixed)
-        return red, green, blue
+        return tuple(int(min(255.0, max(0.0, m))) for m in mixed)
 
-    def polygon(self, points: Sequence[Point], colour: tuple[int, int, int], label: int) -> None:
+    def polygon(self, points: Sequence[Point], colour: tuple[int, ...], label: int) -> None:
         """Fill a polygon of canvas points."""
         self._image_draw.polygon(points, fill=colour)
         self._label_draw.polygon(points, fill=label)
@@ -129,7 +123,7 @@ class Painter:
         z = sum(p[2] for p in points) / len(points)
         self.polygon(self.camera.project(points), self.shade(colour, z, factor), label)
 
-    def paste(self, texture: Bytes, mask: Image.Image, corner: tuple[int, int], label: int) -> None:
+    def paste(self, texture: np.ndarray, mask: Image.Image, corner: tuple[int, int], label: int) -> None:
         """Put a texture, uint8 (h, w, 3), where `mask` is set; `corner` is its (left, top)."""
         self.image.paste(Image.fromarray(texture), corner, mask)
         self.labels.paste(label, (*corner, corner[0] + mask.width, corner[1] + mask.height), mask)
@@ -152,7 +146,7 @@ class Prop(NamedTuple):
     seed: int
 
 
-def fractal_noise(rng: np.random.Generator, size: int = 256) -> Floats:
+def fractal_noise(rng: np.random.Generator, size: int = 256) -> np.ndarray:
     """Smooth noise of five octaves, float32 (size, size), about -1..1; it tiles without seams."""
     total = np.zeros((size, size), np.float32)
     for octave in range(5):
@@ -163,14 +157,12 @@ def fractal_noise(rng: np.random.Generator, size: int = 256) -> Floats:
     return total / np.float32(1.4)
 
 
-def wrap(noise: Floats, rows: Floats, columns: Floats) -> Floats:
+def wrap(noise: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """The noise tile, repeated for ever, at fractional rows and columns (rounded towards 0) that broadcast together."""
     height, width = noise.shape
-    picked: Floats = noise[rows.astype(np.int32) % height, columns.astype(np.int32) % width]
-    return picked
+    return noise[rows.astype(np.int32) % height, columns.astype(np.int32) % width]
 
 
-def wall_colour(rng: np.random.Generator) -> tuple[float, float, float]:
+def wall_colour(rng: np.random.Generator) -> np.ndarray:
     """A wall's colour, RGB 0-255, around one of `WALLS`."""
-    red, green, blue = np.asarray(WALLS[rng.integers(len(WALLS))]) + rng.uniform(-14, 14, 3)
-    return float(red), float(green), float(blue)
+    return np.asarray(WALLS[rng.integers(len(WALLS))]) + rng.uniform(-14, 14, 3)

@@ -1,28 +1,135 @@
-"""Rows of houses: lots along the street, walls with windows, doors and shops, roofs."""
+"""Around the street: sky, skyline, the ground with its markings, rows of houses."""
 
-from __future__ import annotations
-
+import math
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ailurus_hf.demo.scene_parts.painter import (
-    BRIGHT,
-    BUILDING,
-    FAR,
-    NEAR,
-    Bools,
-    Bytes,
-    Camera,
-    Floats,
-    Painter,
-    Point,
-    Prop,
-    wall_colour,
-    wrap,
-)
-from ailurus_hf.demo.scene_parts.trees import draw_tree
+from .painter import BRIGHT, FAR, NEAR, TURN, Camera, Label, Painter, Point, Prop, Street, wall_colour, wrap
+from .props import draw_tree
+
+
+def paint_sky(painter: Painter) -> None:
+    """A gradient, a glow on the sun's side, and clouds that flatten towards the horizon."""
+    weather, camera, rng = painter.light.weather, painter.camera, painter.rng
+    width = painter.image.width
+    rows = int(camera.horizon) + 2
+    scale = 4  # clouds and gradients are smooth: a quarter of the resolution is enough
+    small = (max(2, width // scale), max(2, rows // scale))
+    down = np.linspace(0, 1, small[1], dtype=np.float32)[:, None] ** 0.8 + np.zeros(small[0], np.float32)
+    low = down[..., None]
+    colour = np.asarray(weather.top, np.float32) * (1 - low) + np.asarray(weather.low, np.float32) * low
+    across = np.linspace(-1, 1, small[0], dtype=np.float32) - np.float32(painter.light.sun[0])
+    glow = np.exp(-3 * across**2) * down * (0.35 if painter.light.sun[2] > 0 else 0.1)
+    colour += glow[..., None] * np.float32(60)
+    left, top = rng.uniform(0, 100, 2)
+    box = (left, top, left + 150, top + rng.uniform(60, 150))
+    clouds = np.asarray(Image.fromarray(painter.noise).resize(small, Image.Resampling.BILINEAR, box=box))
+    cover = rng.uniform(*weather.cloudiness)
+    amount = np.clip((clouds + 1.2 * cover - 0.75) * 1.6, 0, 0.9) * (1 - 0.5 * down)
+    lit = np.asarray(weather.cloud, np.float32) - 40 * np.clip(clouds[..., None] * cover, 0, 1)
+    colour += (lit - colour) * amount[..., None]
+    sky = Image.fromarray(np.clip(colour, 0, 255).astype(np.uint8))
+    painter.image.paste(sky.resize((width, rows), Image.Resampling.BICUBIC), (0, 0))
+
+
+def paint_skyline(painter: Painter) -> None:
+    """What closes the street: hazy blocks, or a line of trees."""
+    rng, camera = painter.rng, painter.camera
+    trees = rng.random() < 0.35
+    for z in (FAR * 1.6, FAR * 1.25):
+        x = -160.0
+        while x < 160:
+            step = rng.uniform(5, 12) if trees else rng.uniform(8, 22)
+            (_paint_far_tree if trees else _paint_far_block)(painter, x, z, step)
+            x += step
+    # The ground starts at the horizon; without this strip rounding could leave sky between them.
+    strip = [(0.0, camera.horizon - 1), (float(painter.image.width), camera.horizon - 1)]
+    painter.polygon([*strip, (strip[1][0], camera.horizon + 2), (0, camera.horizon + 2)], (128, 128, 128), Label.ROAD)
+
+
+def _paint_far_tree(painter: Painter, x: float, z: float, step: float) -> None:
+    top = painter.rng.uniform(5, 11)
+    outline = [(x + step * (0.5 + 0.7 * math.cos(a)), top * (0.45 + 0.55 * math.sin(a)), z) for a in TURN]
+    painter.face(outline, (70 + painter.rng.uniform(-15, 15), 104, 62), Label.TREE, 0.9)
+    painter.face(((x, 0, z), (x + step, 0, z), (x + step, 4, z), (x, 4, z)), (74, 104, 64), Label.TREE, 0.9)
+
+
+def _paint_far_block(painter: Painter, x: float, z: float, step: float) -> None:
+    top = painter.rng.uniform(6, 30)
+    box = ((x, 0, z), (x + step, 0, z), (x + step, top, z), (x, top, z))
+    painter.face(box, wall_colour(painter.rng), Label.BUILDING, painter.light.factor((0, 0, -1)))
+
+
+def paint_ground(painter: Painter, shadows: Image.Image) -> None:
+    """Road, markings, kerb and paving, textured in ground metres so that they shrink with distance."""
+    camera, street, rng = painter.camera, painter.street, painter.rng
+    width, height = painter.image.size
+    top = int(camera.horizon) + 1
+    if top >= height:
+        return
+    ys, xs = np.arange(top, height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)
+    z = np.float32(camera.focal * camera.height) / np.maximum(ys + 0.5 - np.float32(camera.horizon), 0.25)
+    x = np.float32(camera.x) + (xs - np.float32(camera.vanish)) * (z / np.float32(camera.focal))
+    near, far = street.crossing
+    side_road = (z > near) & (z < far)
+    road = (np.abs(x) < street.road) | side_road
+    index = np.where(road, _road_index(rng, street, x, z), _paving_index(rng, street, x, z))
+    fog = 1 - np.exp(-np.minimum(z, FAR * 2) / np.float32(painter.light.weather.haze))
+    lit = painter.light.factor((0, 1, 0))
+    shade = np.asarray(shadows, np.float32)[top:] / np.float32(255)
+    grain = wrap(painter.noise, z * 23, x * 23)
+    stain = wrap(painter.noise, z * 4, x * 9)
+    factor = lit * shade * (1 + 0.07 * grain * np.exp(-z / 14) + 0.09 * stain) * (1 - fog)
+    colour = _ground_colours(rng)[index] * factor[..., None]
+    colour += np.asarray(painter.light.weather.low, np.float32) * fog[..., None]
+    painter.image.paste(Image.fromarray(np.clip(colour, 0, 255).astype(np.uint8)), (0, top))
+    painter.labels.paste(Image.fromarray(np.where(road, Label.ROAD, Label.PAVEMENT).astype(np.uint8)), (0, top))
+
+
+def _ground_colours(rng: np.random.Generator) -> np.ndarray:
+    """One row per ground material: asphalt, paint, patch, paving, joint, kerb, tactile strip."""
+    grey, warm = rng.uniform(88, 150), rng.uniform(-8, 12)
+    stone, hue = rng.uniform(118, 196), rng.uniform(-4, 24)
+    paint = rng.uniform(205, 240)
+    rows = (
+        (grey + warm, grey, grey - warm),
+        (paint, paint, paint * rng.uniform(0.75, 1.0)),
+        (grey * 0.86, grey * 0.86, grey * 0.88),
+        (stone + hue, stone, stone - hue),
+        (stone * 0.82 + hue, stone * 0.82, stone * 0.82 - hue),
+        (stone * 1.12, stone * 1.12, stone * 1.1),
+        (stone * 0.92 + hue, stone * 0.88, stone * 0.84),
+    )
+    return np.asarray(rows, np.float32)
+
+
+def _road_index(rng: np.random.Generator, street: Street, x: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """Asphalt (0), paint (1) and patches (2)."""
+    near, far = street.crossing
+    inside = (z > near - 4) & (z < far + 4)
+    dash = (np.mod(z, 6.0) < 3.2) if rng.random() < 0.75 else z > 0
+    middle = (np.abs(x) < 0.09) & dash & ~inside
+    edges = (np.abs(np.abs(x) - (street.road - 0.35)) < 0.06) & ~inside & bool(rng.random() < 0.5)
+    stripes = (np.mod(x + 0.3, 1.1) < 0.6) & (np.abs(x) < street.road - 0.3)
+    start = near - 3.6 if near < FAR else rng.uniform(5, 40)
+    zebra = stripes & (z > start) & (z < start + 3) & bool(rng.random() < 0.8)
+    left, begin = rng.uniform(-street.road, street.road - 1), rng.uniform(3, 20)
+    patch = (x > left) & (x < left + rng.uniform(0.8, 2)) & (z > begin) & (z < begin + rng.uniform(2, 8))
+    return np.where(middle | edges | zebra, 1, np.where(patch, 2, 0)).astype(np.uint8)
+
+
+def _paving_index(rng: np.random.Generator, street: Street, x: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """Slabs (3), joints (4), kerb (5) and a strip of other slabs (6)."""
+    slab, joint = rng.uniform(0.5, 1.4), rng.uniform(0.03, 0.08)
+    out = np.abs(x)
+    row = np.floor(z / slab)
+    lines = (np.mod(z, slab) < joint) | (np.mod(out + 0.5 * slab * np.mod(row, 2), slab) < joint)
+    kerb = out < street.road + 0.22
+    strip = np.abs(out - street.kerb + 0.8) < 0.3
+    return np.where(kerb, 5, np.where(lines & (z < 30), 4, np.where(strip, 6, 3))).astype(np.uint8)
+
 
 _ROOFS = ((120, 62, 50), (84, 80, 84), (96, 70, 58), (70, 78, 92), (140, 78, 56))
 
@@ -32,7 +139,7 @@ class _House(NamedTuple):
     window width and height as shares of a bay and of a floor.
     """
 
-    materials: Floats
+    materials: np.ndarray
     floor: float
     bay: float
     window: tuple[float, float]
@@ -104,17 +211,17 @@ def _paint_house(painter: Painter, side: int, begin: float, end: float) -> None:
     roof = np.asarray(_ROOFS[rng.integers(len(_ROOFS))]) + rng.uniform(-10, 10, 3)
     if rise:
         slope = ((x, top, begin), (x, top, end), (ridge, top + rise, end), (ridge, top + rise, begin))
-        painter.face(slope, roof, BUILDING, painter.light.factor((-0.5 * side, 0.85, 0)))
+        painter.face(slope, roof, Label.BUILDING, painter.light.factor((-0.5 * side, 0.85, 0)))
         _paint_chimney(painter, x + depth * 0.3, top + rise * 0.6, rng.uniform(begin, end))
         gable = ((x, top, begin), (ridge, top + rise, begin), (x + depth, top, begin))
-        painter.face(gable, house.materials[1], BUILDING, painter.light.factor((0, 0, -1)))
+        painter.face(gable, house.materials[1], Label.BUILDING, painter.light.factor((0, 0, -1)))
     _paint_wall(painter, house, ((x, begin), (x + depth, begin)))
     _paint_wall(painter, house, ((x, begin), (x, end)))
 
 
 def _paint_chimney(painter: Painter, x: float, base: float, z: float) -> None:
     box = ((x - 0.4, base, z), (x + 0.4, base, z), (x + 0.4, base + 1.6, z), (x - 0.4, base + 1.6, z))
-    painter.face(box, (130, 84, 70), BUILDING, painter.light.factor((0, 0, -1)))
+    painter.face(box, (130, 84, 70), Label.BUILDING, painter.light.factor((0, 0, -1)))
 
 
 def _paint_wall(painter: Painter, house: _House, ends: tuple[Point, Point]) -> None:
@@ -134,12 +241,12 @@ def _paint_wall(painter: Painter, house: _House, ends: tuple[Point, Point]) -> N
     texture = np.minimum(colours[index] * gain[..., None], 255).astype(np.uint8)
     mask = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(mask).polygon([(u - left, v - top) for u, v in corners], fill=255)
-    painter.paste(texture, mask, (left, top), BUILDING)
+    painter.paste(texture, mask, (left, top), Label.BUILDING)
 
 
 def _wall_coordinates(
     camera: Camera, ends: tuple[Point, Point], box: tuple[int, int, int, int]
-) -> tuple[Floats, Floats, Floats]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of the wall seen at each canvas pixel of `box`: distance z and metres along the wall (w,), metres up (h, w)."""
     ((x0, z0), (x1, z1)), (left, top, right, bottom) = ends, box
     columns = np.arange(left, right, dtype=np.float32) + np.float32(0.5) - np.float32(camera.vanish)
@@ -155,7 +262,7 @@ def _wall_coordinates(
     return z.astype(np.float32), along.astype(np.float32), up.astype(np.float32)
 
 
-def _facade_index(house: _House, along: Floats, up: Floats, detailed: bool) -> Bytes:
+def _facade_index(house: _House, along: np.ndarray, up: np.ndarray, detailed: bool) -> np.ndarray:
     """Material of each wall pixel at `along` (w,) and `up` (h, w) metres.
 
     0 wall, 1 darker wall, 2 trim, 3-6 panes, 7 door, 8 shop window, 9 and 10 awning, 11 plinth.
@@ -186,7 +293,9 @@ def _facade_index(house: _House, along: Floats, up: Floats, detailed: bool) -> B
     return index
 
 
-def _fit_shop(index: Bytes, ground: Bools, along: Floats, up: Floats, across: Floats, rise: Floats) -> None:
+def _fit_shop(
+    index: np.ndarray, ground: np.ndarray, along: np.ndarray, up: np.ndarray, across: np.ndarray, rise: np.ndarray
+) -> None:
     """Shop windows with a streak of reflected light, and a striped awning above, written into `index` in place."""
     show = ground & (across < 0.45) & (rise > 0.14) & (rise < 0.64)
     index[show] = 8
