@@ -12,6 +12,7 @@ _PUBLIC = {  # name -> its module
     "convert_checkpoint": "ailurus_hf.conversion",
     "remove_ailurus": "ailurus_hf.adapters",
     "register_grouping": "ailurus_hf.modeling.reduction",
+    "restore": "ailurus_hf.unfolding",
     "save_with_code": "ailurus_hf.hub",
     "supported_families": "ailurus_hf.adapters",
     "with_budget": "ailurus_hf.budget",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     )
     from .modeling.modeling_ailurus_segformer import AiluRusSegformerModel as AiluRusSegformerModel
     from .modeling.reduction import register_grouping as register_grouping
+    from .unfolding import restore as restore
 
 
 def __getattr__(name: str) -> Any:

@@ -63,6 +63,7 @@ def test_public_names():
         "convert_checkpoint",
         "register_grouping",
         "remove_ailurus",
+        "restore",
         "save_with_code",
         "supported_families",
         "with_budget",

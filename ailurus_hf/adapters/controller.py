@@ -11,7 +11,7 @@ model itself: the controller is found through its hooks.
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,6 +27,10 @@ from .families import FamilySpec
 from .layer_call import LayerCall, positional_parameters
 
 _STATES = CallStates("ailurus_adapters")
+_WHOLE = CallStates("ailurus_whole_forwards")  # of the encoder itself, not of its parts one by one
+_GRID = "_ailurus_grid"  # attribute of embeddings that were made outside such a forward
+# Whose hooks work on whatever sequence a layer has; all others are to see the full one.
+_INDIFFERENT = ("torch.", "transformers.", "accelerate.", "ailurus_hf.")
 _HOOK_TABLES = (
     "_forward_hooks",
     "_forward_hooks_always_called",
@@ -45,7 +49,9 @@ class Stretch:
         inputs: hidden states before merging, (batch_size, T, hidden_size).
         reduction: what brings the full sequence back now; a method may merge more than once.
         arguments: what every layer of the stretch is given.
-        by_layer: the reduction that each layer ran on.
+        by_layer: the reduction that each layer ran on whose output is merged.
+        shown: where the output of the layer that ran last was unfolded for others to see: what they saw, its version,
+            and the merged one.
     """
 
     layers: range
@@ -53,6 +59,7 @@ class Stretch:
     reduction: Reduction
     arguments: dict[str, Any]
     by_layer: dict[int, Reduction] = field(default_factory=dict)
+    shown: tuple[Tensor, int, Tensor] | None = None
 
 
 @dataclass
@@ -96,6 +103,7 @@ class EncoderController:
     def __init__(self, owner: nn.Module, spec: FamilySpec, config: Any):
         self.owner, self.spec, self.config = owner, spec, config
         self.layers = list(self._find(spec.layers))
+        self.grids: set[tuple[int, ...]] = set()  # of embeddings made outside a forward of the whole encoder
         self.patches, self.taps = self._find(*spec.patches), self._find(spec.taps)
         spec.bias.check(self.layers)
         self.parameters = positional_parameters(self.layers[0])
@@ -150,6 +158,7 @@ class EncoderController:
         """Register the hooks."""
         self._settings, self._given = make_settings(self.config.ailurus), dict(self.config.ailurus)
         self.register_hooks()
+        self.owner.register_forward_pre_hook(self.enter)
         self.owner.register_forward_hook(self.drop_states, always_call=True)
 
     def register_hooks(self) -> None:
@@ -157,6 +166,7 @@ class EncoderController:
         self._prepare_layers()
         self.patches.register_forward_pre_hook(self.check_pixels)
         self.patches.register_forward_hook(self.open_call)
+        self._embeddings().register_forward_hook(self.mark_embeddings)
         if self.spec.order is not None:
             self._find(self.spec.order[0]).register_forward_hook(self.note_order)
         if self.spec.tables and self.spec.tables in dict(self.owner.named_modules()):
@@ -171,7 +181,7 @@ class EncoderController:
 
     def remove(self) -> None:
         """Remove the hooks, and whatever else `install` changed."""
-        for module in self.owner.modules():
+        for module in {*self.owner.modules(), *(part for layer in self.layers for part in layer.modules())}:
             for key in [key for key, hook in _hooks(module) if self._is_mine(_owner_of(hook))]:
                 for table in _HOOK_TABLES:
                     getattr(module, table).pop(key, None)
@@ -186,6 +196,25 @@ class EncoderController:
         self.spec.bias.install(self.layers)
         self.spec.positions.install(self.layers)
 
+    def _embeddings(self) -> nn.Module:
+        """The largest module that the patch embedding is in and the layers are not."""
+        inside = [(name, module) for name, module in self.owner.named_modules() if self.patches in module.modules()]
+        return next(module for name, module in inside if name and not f"{self.spec.layers}.".startswith(f"{name}."))
+
+    def _follow_layers(self) -> None:
+        """Move the hooks where layers were taken away, added or replaced. One that was wrapped keeps them."""
+        known = set(self.layers)
+        found = self._find(self.spec.layers)
+        layers = [next((part for part in layer.modules() if part in known), layer) for layer in found]
+        if layers != self.layers:
+            self.remove()
+            self.layers = layers
+            self.install()
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Hook before the encoder."""
+        _WHOLE.set(self, True)
+
     def check_pixels(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Hook before the patch embedding: refuse images that hold no patch."""
         if isinstance(module, nn.Conv2d | nn.Conv3d) and isinstance(args[0], Tensor):
@@ -198,11 +227,42 @@ class EncoderController:
 
     def open_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook after the patch embedding: a forward begins."""
+        if not torch.compiler.is_compiling():
+            self._follow_layers()
         self._prepare_layers()
-        settings, grid = self.settings, self.spec.grid(output, getattr(self.owner, "config", None))
+        _STATES.set(self, self._new_state(self.spec.grid(output, getattr(self.owner, "config", None))))
+
+    def _new_state(self, grid: tuple[int, ...]) -> CallState:
+        settings = self.settings
         # Nothing to merge, nothing to refuse: masked images, which have no grid, run as they do in the plain model.
-        keeps_all = settings.keep_ratio == 1 and settings.num_clusters is None
-        _STATES.set(self, CallState(settings, grid, () if keeps_all else self.segments(settings)))
+        return CallState(settings, grid, () if _keeps_all(settings) else self.segments(settings))
+
+    def mark_embeddings(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook after the embeddings: those made by themselves may wait while others are made, so they carry a grid."""
+        if torch.compiler.is_compiling() or _WHOLE.get(self):
+            return
+        grid = self._state().grid
+        self.grids.add(grid)
+        for part in output if isinstance(output, tuple) else (output,):
+            if isinstance(part, Tensor):
+                setattr(part, _GRID, grid)
+
+    def _state_of_stored(self, embeddings: Tensor) -> CallState:
+        """The state of a forward that begins with the layers, on embeddings made before."""
+        if _keeps_all(self.settings):
+            return self._new_state(())
+        grid, latest = getattr(embeddings, _GRID, None), _STATES.get(self)
+        if grid is None and len(self.grids) == 1:
+            (grid,) = self.grids
+        if grid is None or self.spec.order is not None:
+            raise RuntimeError(
+                f"the layers of {type(self.owner).__name__} run on embeddings whose grid is not known: they were made "
+                "outside a forward of the whole model and changed since, and so were others of another size, or they "
+                "are not in the grid's order; call the whole model on pixel_values, or set keep_ratio to 1"
+            )
+        state = self._new_state(grid)
+        state.tables = None if latest is None else latest.tables
+        return state
 
     def fix_arguments(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -228,8 +288,12 @@ class EncoderController:
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Hook before each layer: merge where a stretch begins, and hand over what goes with merged tokens."""
+        if index == 0 and not _WHOLE.get(self):
+            _STATES.set(self, self._state_of_stored(args[0]))
         state = self._state()
         call = LayerCall(self.parameters, args, kwargs)
+        if state.current is not None and state.current.shown is not None:
+            call = call._replace(args=(_merged_again(state.current, call.args[0]), *call.args[1:]))
         for segment in state.segments:
             if segment.start < index < segment.stop and state.tables is not None:
                 call = call._replace(args=(_add_table(state, index - 1, call.args[0]), *call.args[1:]))
@@ -239,6 +303,7 @@ class EncoderController:
         state.previous = call.args[0]
         stretch = state.current
         if stretch is not None:
+            stretch.shown = None
             arguments = stretch.arguments
             if self.spec.bias.each_layer:
                 arguments = arguments | self.spec.bias.compute(call, stretch.reduction)
@@ -297,15 +362,35 @@ class EncoderController:
         )
 
     def after_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Hook after each layer: unfold where a stretch ends."""
+        """Hook after each layer: unfold where a stretch ends, and where somebody looks at what comes out before."""
         state = self._state()
         stretch = state.current
-        if stretch is None or index != stretch.layers.stop - 1:
+        if stretch is None:
             return None
-        state.current = None
-        if isinstance(output, tuple):
-            return (self._unfold(output[0], state, stretch), *output[1:])
-        return self._unfold(output, state, stretch)
+        merged = output[0] if isinstance(output, tuple) else output
+        if index == stretch.layers.stop - 1:
+            state.current = None
+            full = self._unfold(merged, state, stretch)
+        elif self._is_watched(layer) and stretch.reduction.merge is not None:
+            full = self._unfold(merged, state, stretch)
+            stretch.shown = (full, full._version, merged)
+            del stretch.by_layer[index]
+        else:
+            return None
+        return (full, *output[1:]) if isinstance(output, tuple) else full
+
+    def _is_watched(self, layer: nn.Module) -> bool:
+        """Whether others than those that work on any sequence see the output of a layer."""
+        if torch.compiler.is_compiling():
+            return False
+        hooks = [*layer._forward_hooks.values(), *layer._backward_hooks.values()]
+        modules = [getattr(getattr(hook, "func", hook), "__module__", None) or "" for hook in hooks]
+        return not _WHOLE.get(self) or any(not module.startswith(_INDIFFERENT) for module in modules)
+
+    def running_spread(self) -> Callable[[Tensor], Tensor] | None:
+        """What copies merged tokens to the full sequence, while a layer of this encoder runs on merged ones."""
+        state: CallState | None = _STATES.get(self)
+        return None if state is None or state.current is None else state.current.reduction.spread
 
     def _unfold(self, output: Tensor, state: CallState, stretch: Stretch) -> Tensor:
         if self.spec.maps:
@@ -314,8 +399,14 @@ class EncoderController:
 
     def close_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Hook where the encoder hands out its hidden states: unfold those of merged layers; the forward ends."""
-        stretches = self._state().stretches
+        state = self._state()
+        stretches = state.stretches
         _STATES.clear(self)
+        if state.current is not None:
+            raise RuntimeError(
+                f"{type(self.owner).__name__} ended with its tokens merged: layer {state.current.layers.stop - 1}, "
+                "where they unfold, did not run; raise tail_layers, so that merging ends where the model does"
+            )
         if not stretches:
             return None
         if isinstance(output, tuple):
@@ -328,6 +419,7 @@ class EncoderController:
     def drop_states(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook after the encoder, also after an exception in it: what the forward left would keep the model alive."""
         _STATES.clear(self)
+        _WHOLE.clear(self)
 
     def _unfold_recorded(self, recorded: Any, stretches: list[Stretch]) -> Any:
         """Unfold a tuple of hidden states, one for the first layer's input and one per layer; leave all else alone."""
@@ -339,20 +431,38 @@ class EncoderController:
         states = list(recorded)
         for stretch in stretches:
             for index in stretch.layers[:-1]:
-                if states[index + 1] is not None:
+                if states[index + 1] is not None and index in stretch.by_layer:
                     states[index + 1] = stretch.by_layer[index].restore(states[index + 1])
             if stretch.layers.start == 0 and states[0] is not None:
                 states[0] = stretch.inputs
         return tuple(states)
 
     def _state(self) -> CallState:
-        state = _STATES.get(self)
+        state: CallState | None = _STATES.get(self)
+        if state is None and _keeps_all(self.settings):
+            return self._new_state(())
         if state is None:
             raise RuntimeError(
                 f"the layers of {type(self.owner).__name__} ran without its patch embedding, so the grid of the tokens "
                 "is not known: call the whole model on pixel_values, and compile it as a whole"
             )
         return state
+
+
+def _keeps_all(settings: AdaptiveResolutionMixin) -> bool:
+    return settings.keep_ratio == 1 and settings.num_clusters is None
+
+
+def _merged_again(stretch: Stretch, sequence: Tensor) -> Tensor:
+    """The input of a layer after one whose output was unfolded: the merged tokens that it stood for, to the bit, unless
+    somebody changed it. Gradients go through what was shown, so that those who look at it see them."""
+    assert stretch.shown is not None
+    assert stretch.reduction.merge is not None
+    full, version, merged = stretch.shown
+    again = stretch.reduction.merge(sequence)
+    if sequence is not full or full._version != version:
+        return again
+    return merged.detach() + (again - again.detach()) if again.requires_grad else merged
 
 
 def _add_table(state: CallState, index: int, sequence: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ but not stop it from running, and what replaces its `forward` gets lost where ac
 runs on a single token, which costs next to nothing, and the hook behind it puts the right result in the place of that.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -79,12 +80,19 @@ class MapController(EncoderController):
 
     def open_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook after the patch embedding: read the settings of this forward."""
+        if not torch.compiler.is_compiling():
+            self._follow_layers()
         self._latest = self.settings
         _STATES.set(self, self._latest)
 
     def drop_states(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        super().drop_states(module, args, output)
         for key in (self, *self.layers):
             _STATES.clear(key)
+
+    def running_spread(self) -> Callable[[Tensor], Tensor] | None:
+        states = [self._layer_state(index) for index in range(len(self.layers))]
+        return next((state.reduction.spread for state in states if state is not None), None)
 
     def _current(self) -> AdaptiveResolutionMixin:
         """The settings of this forward. Where gradient checkpointing runs a layer again that forward is over: there it

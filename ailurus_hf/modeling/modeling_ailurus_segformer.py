@@ -262,7 +262,8 @@ class AiluRusSegformerStage(nn.Module):
         """Map (batch_size, channels, height, width) of the image or the stage before -> this stage's output."""
         tokens, grid = self.patch_embeddings(feature_map)
         attentions: tuple[Tensor | None, ...] = ()
-        merged_blocks = settings.blocks_of_stage(self.stage, self.config.depths)
+        depths = [*self.config.depths[: self.stage], len(self.blocks), *self.config.depths[self.stage + 1 :]]
+        merged_blocks = settings.blocks_of_stage(self.stage, depths)  # of the blocks there are: some may have been cut
         places = merge_places(settings, merged_blocks) if merged_blocks else ()
         reduction: Reduction | None = None
         previous = tokens

@@ -304,31 +304,47 @@ def reduce_sequence(
     inner = reduce(tokens, grid, num_groups, settings, context, method)
     if inner is None:
         return None
+    parts = (num_prefix, inner.tokens.shape[1], num_suffix, order)
     return Reduction(
         tokens=torch.cat([prefix, inner.tokens, suffix], dim=1) if num_prefix or num_suffix else inner.tokens,
         log_sizes=F.pad(inner.log_sizes, (num_prefix, num_suffix)),
-        restore=partial(_restore_sequence, inner=inner, num_prefix=num_prefix, num_suffix=num_suffix, order=order),
+        restore=partial(_restore_sequence, inner.restore, *parts),
         kept_positions=partial(_kept_in_sequence, inner, math.prod(grid), num_prefix, num_suffix, order),
+        merge=partial(_merge_sequence, inner.merge, math.prod(grid), num_prefix, order) if inner.merge else None,
+        spread=partial(_restore_sequence, inner.spread, *parts) if inner.spread else None,
         groups=inner.groups,
         of_patches=inner,
     )
 
 
 def _restore_sequence(
-    sequence: Tensor, inner: Reduction, num_prefix: int, num_suffix: int, order: Tensor | None
+    restore: Callable[[Tensor], Tensor],
+    num_prefix: int,
+    num_tokens: int,
+    num_suffix: int,
+    order: Tensor | None,
+    sequence: Tensor,
 ) -> Tensor:
-    """(batch_size, prefix + M + suffix, hidden_size) -> (batch_size, prefix + N + suffix, hidden_size)."""
-    num_tokens = inner.tokens.shape[1]
+    """(batch_size, prefix + M + suffix, any width) -> (batch_size, prefix + N + suffix, that width)."""
     if sequence.shape[1] != num_prefix + num_tokens + num_suffix:
         raise RuntimeError(
             f"expected {num_prefix + num_tokens + num_suffix} merged tokens to unfold, got {sequence.shape[1]}: this "
             "model adds or removes tokens between its layers, which its row in the table of families does not say"
         )
     prefix, tokens, suffix = sequence.split([num_prefix, num_tokens, num_suffix], dim=1)
-    tokens = inner.restore(tokens)
+    tokens = restore(tokens)
     if order is not None:
         tokens = take_tokens(tokens, order.argsort(dim=1).to(tokens.device))
     return torch.cat([prefix, tokens, suffix], dim=1) if num_prefix or num_suffix else tokens
+
+
+def _merge_sequence(
+    merge: Callable[[Tensor], Tensor], num_patches: int, num_prefix: int, order: Tensor | None, sequence: Tensor
+) -> Tensor:
+    """(batch_size, prefix + N + suffix, any width) -> (batch_size, prefix + M + suffix, that width)."""
+    prefix, tokens, suffix = sequence.tensor_split([num_prefix, num_prefix + num_patches], dim=1)
+    tokens = merge(tokens if order is None else take_tokens(tokens, order))
+    return torch.cat([prefix, tokens, suffix], dim=1)
 
 
 def _kept_in_sequence(

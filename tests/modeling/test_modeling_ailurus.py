@@ -12,6 +12,7 @@ from ailurus_hf import (
     AiluRusForImageClassification,
     AiluRusForSemanticSegmentation,
     AiluRusModel,
+    restore,
 )
 from ailurus_hf.modeling import reduction
 from ailurus_hf.modeling.layers_ailurus import AiluRusDropPath
@@ -199,6 +200,23 @@ def test_autocast_runs_and_stays_close():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(images).logits
     assert (logits.float() - model(images).logits).abs().median() < 0.1
+
+
+def test_a_layer_less_unfolds_all_the_same():
+    model, images = tiny_model(AiluRusModel, keep_ratio=0.3), random_images()
+    shape = model(images).last_hidden_state.shape
+    del model.layers[-1]
+    assert model(images).last_hidden_state.shape == shape
+
+
+def test_merged_tokens_inside_a_layer_are_restored():
+    model, seen = tiny_model(AiluRusModel, keep_ratio=0.3, unfold="copy", use_final_norm=False), []
+    model.layers[-1].register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    output = model(random_images())
+    assert seen[0].shape[1] < output.last_hidden_state.shape[1]
+    assert torch.equal(restore(seen[0], output), output.last_hidden_state)
+    with pytest.raises(ValueError, match="at least"):
+        restore(seen[0][:, :2], output)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

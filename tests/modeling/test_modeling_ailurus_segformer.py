@@ -240,6 +240,13 @@ def test_a_batch_equals_single_images(implementation):
         torch.testing.assert_close(single.logits[0], batch.logits[index], rtol=1e-4, atol=2e-5)
 
 
+def test_a_block_less_unfolds_all_the_same():
+    model = tiny_segformer(AiluRusSegformerModel, **ALL_STAGES)
+    shape = model(images()).last_hidden_state.shape
+    del model.stages[1].blocks[-1]
+    assert model(images()).last_hidden_state.shape == shape
+
+
 def test_two_runs_give_the_same_bits():
     model = tiny_segformer(AiluRusSegformerForSemanticSegmentation, **ALL_STAGES)
     assert torch.equal(model(images()).logits, model(images()).logits)
