@@ -91,6 +91,7 @@ def test_exported_code_runs_without_the_package(tmp_path):
         "modeling_ailurus_segformer.py",
         "grouping_density_peaks.py",
         "grouping_grid.py",
+        "grouping_region_merging.py",
         "heads_segmentation.py",
         "reduction.py",
         "settings.py",

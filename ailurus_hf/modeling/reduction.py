@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from .grouping_density_peaks import cluster_tokens
 from .grouping_grid import grid_cells
+from .grouping_region_merging import NUM_FEATURES, NUM_ROUNDS, merge_regions
 from .settings import HINTS, AdaptiveResolutionMixin, overrides_of
 from .token_groups import TokenGroups, group_tokens, merge_tokens, take_tokens, unfold_tokens
 
@@ -157,8 +158,23 @@ def _grid(
     return assignment.expand(tokens.shape[0], -1), representatives.expand(tokens.shape[0], -1)
 
 
+def _region_merging(
+    tokens: Tensor, grid: Grid, num_groups: int, settings: AdaptiveResolutionMixin, context: ReductionContext
+) -> tuple[Tensor, Tensor]:
+    """On what the next layer's attention is about to see: its LayerNorm of the tokens, where the caller has one."""
+    with torch.no_grad():
+        features = tokens if context.norm is None else context.norm(tokens)
+    return merge_regions(features, grid, num_groups, protect=context.protect)
+
+
+def _region_merging_flops(settings: AdaptiveResolutionMixin, num_tokens: int, hidden_size: int) -> int:
+    """Subtract, square and add over the projected features of both ends of an edge, four edges a token, every round."""
+    return 3 * min(hidden_size, NUM_FEATURES) * 4 * num_tokens * NUM_ROUNDS
+
+
 GROUPINGS: dict[str, Grouping] = {
     "density_peaks": Grouping(assign=_density_peaks, flops=_density_peaks_flops),
+    "region_merging": Grouping(assign=_region_merging, takes=("protect",), flops=_region_merging_flops),
     "grid": Grouping(assign=_grid),
 }
 

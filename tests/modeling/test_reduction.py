@@ -311,7 +311,7 @@ def test_what_a_method_may_ask_for():
 
 def test_hints_that_a_method_does_not_heed_are_refused():
     model = tiny_model(AiluRusModel)
-    message = "grouping 'density_peaks' does not heed 'protect'; those that do: none"
+    message = "grouping 'density_peaks' does not heed 'protect'; those that do: region_merging"
     with with_budget(model, protect=torch.ones(2, 36, dtype=torch.bool)), pytest.raises(ValueError, match=message):
         model(random_images())
     with pytest.raises(ValueError, match="this grouping needs 'keys', which this encoder does not have"):
@@ -323,7 +323,7 @@ def test_registering():
         register_grouping("grid", soft)
     with pytest.raises(ValueError, match="must have one of assign, reduce and build"):
         Grouping()
-    with pytest.raises(Exception, match=r"must be one of 'density_peaks', 'grid', got 'gird'"):
+    with pytest.raises(Exception, match=r"must be one of 'density_peaks', 'region_merging', 'grid', got 'gird'"):
         tiny_config(grouping="gird")
     with registered(
         "mine", lambda tokens, grid, num_groups, *_: GROUPINGS["grid"].assign(tokens, grid, num_groups, *_)
