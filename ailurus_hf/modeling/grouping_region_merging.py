@@ -138,7 +138,7 @@ def _edge_keys(sums: Tensor, sizes: Tensor, first: Tensor, second: Tensor, froze
     """Keys (batch_size, num_edges) of Ward's cost between the regions at both ends; `_NO_EDGE` inside a region."""
     means = sums / sizes[..., None]
     sizes_first, sizes_second = sizes.gather(1, first), sizes.gather(1, second)
-    distance = (_rows(means, first) - _rows(means, second)).square().sum(-1)
+    distance = _rows(means, first).sub_(_rows(means, second)).square_().sum(-1)
     cost = distance * (sizes_first * sizes_second / (sizes_first + sizes_second))
     if frozen is not None:
         cost = cost.masked_fill(frozen, math.inf)
