@@ -1,6 +1,7 @@
 """`transformers.Trainer` for semantic segmentation: exact loss, streamed metrics, another budget for evaluation."""
 
 import os
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,14 @@ class SegmentationTrainer(Trainer):
         # Trainer itself would warn about tensors that are not the model's, and train on.
         check_resume(resume_from_checkpoint, self.accelerator.unwrap_model(self.model))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def get_train_dataloader(self) -> Any:
+        """As in `Trainer`; workers that persist change nothing that is random in training."""
+        return _seeded_apart(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As in `Trainer`; workers that persist change nothing that is random in training."""
+        return _seeded_apart(super().get_eval_dataloader(eval_dataset))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The step's micro-batches, and what their losses are divided by: see `SegmentationLoss`."""
@@ -183,9 +192,30 @@ class _EpochOfViews(TrainerCallback):
     """
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
-        dataset = getattr(train_dataloader, "dataset", None)
-        if dataset is not None and hasattr(dataset, "set_epoch"):
+        for dataset in _with_epochs(getattr(train_dataloader, "dataset", None)):
             dataset.set_epoch(int(state.epoch or 0))
+
+
+def _seeded_apart(loader: Any) -> Any:
+    """A loader whose workers take their seed from a generator of its own, if they persist.
+
+    They are seeded where they start, which a resumed run does once more than one that went straight on: drawn from
+    torch's generator, as usual, that would shift everything random after it, such as dropout.
+    """
+    if loader.persistent_workers:
+        own = getattr(loader, "base_dataloader", loader)  # the one that accelerate iterates over
+        own.generator = torch.Generator().manual_seed(torch.initial_seed())
+    return loader
+
+
+def _with_epochs(dataset: Any) -> Iterator[Any]:
+    """Every data set that has epochs: this one, or those that torch's `Subset` or `ConcatDataset` hold."""
+    if hasattr(dataset, "set_epoch"):
+        yield dataset
+        return
+    for held in getattr(dataset, "datasets", [getattr(dataset, "dataset", None)]):
+        if held is not None:
+            yield from _with_epochs(held)
 
 
 def _latest_results(history: list[dict[str, Any]]) -> list[CardResult]:
