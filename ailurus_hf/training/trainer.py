@@ -17,7 +17,7 @@ from ..evaluation import ConfusionMatrix, SegmentationMetrics, predictions_from_
 from ..hub.model_card import CardResult, build_model_card
 from ..registry import has_architecture
 from .loss import SegmentationLoss
-from .optimization import layerwise_parameter_groups
+from .optimization import layerwise_parameter_groups, refuse_data_parallel
 
 __all__ = ["SegmentationTrainer", "check_resume"]
 
@@ -41,9 +41,12 @@ class SegmentationTrainer(Trainer):
         args: `TrainingArguments`.
         loss: by default cross entropy with the model's `semantic_loss_ignore_index`.
         eval_keep_ratio: share of tokens kept in evaluation; None evaluates as the model stands. Assign to it to
-            evaluate at another one.
+            evaluate at another one. Not on several GPUs in one process.
         layer_decay: see `layerwise_parameter_groups`; 1 leaves the optimizer to Trainer.
         kwargs: for `Trainer`, such as `train_dataset`, `eval_dataset`, `processing_class`, `callbacks`.
+
+    Raises:
+        ValueError: `args` leads to `torch.nn.DataParallel`, and `eval_keep_ratio` or a `KeepRatioSchedule` is given.
     """
 
     def __init__(
@@ -58,7 +61,6 @@ class SegmentationTrainer(Trainer):
     ) -> None:
         loss = loss or SegmentationLoss(getattr(model.config, "semantic_loss_ignore_index", 255))
         self.segmentation_loss = loss
-        self.eval_keep_ratio = eval_keep_ratio
         args.batch_eval_metrics = True  # counts are added up batch by batch
         if layer_decay != 1:
             optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
@@ -67,7 +69,19 @@ class SegmentationTrainer(Trainer):
         kwargs.setdefault("data_collator", SegmentationCollator(loss.ignore_index))
         kwargs.setdefault("compute_metrics", _RunningCounts(self, model.config.num_labels))
         super().__init__(model, args, compute_loss_func=loss, **kwargs)
+        self.eval_keep_ratio = eval_keep_ratio
         self.add_callback(_EpochOfViews())
+
+    @property
+    def eval_keep_ratio(self) -> float | None:
+        """Share of tokens kept in evaluation, above 0 and at most 1; None evaluates as the model stands."""
+        return self._eval_keep_ratio
+
+    @eval_keep_ratio.setter
+    def eval_keep_ratio(self, ratio: float | None) -> None:
+        if ratio is not None:
+            refuse_data_parallel(self.args, f"eval_keep_ratio={ratio}")
+        self._eval_keep_ratio = ratio
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # Trainer itself would warn about tensors that are not the model's, and train on.
