@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..budget import set_keep_ratio
@@ -162,7 +162,7 @@ class KeepRatioSchedule(TrainerCallback):
 
     `KeepRatioSchedule([(0, 1.0), (0.5, 0.25)])` trains densely for the first half of the steps and at a quarter of the
     tokens for the second; the other way round is as well. The ratio follows from the step alone, so that a resumed run
-    goes on where it was. A trainer that would spread the model over several GPUs in one process refuses it.
+    goes on where it was.
 
     Args:
         milestones: (share of training, keep ratio from there on), in rising order, the first at 0.
@@ -199,27 +199,5 @@ class KeepRatioSchedule(TrainerCallback):
         """Keep ratio after this share of training."""
         return [ratio for start, ratio in self.milestones if start <= progress][-1]
 
-    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        refuse_data_parallel(args, "a KeepRatioSchedule")
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        refuse_data_parallel(args, "a KeepRatioSchedule")  # it may have been added after the trainer was made
-
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         set_keep_ratio(model, self.ratio_at(state.global_step / max(state.max_steps, 1)))
-
-
-def refuse_data_parallel(args: TrainingArguments, asked: str) -> None:
-    """Raise ValueError if Trainer is to use several GPUs in one process, where a budget would not hold everywhere.
-
-    `torch.nn.DataParallel` runs the model's replicas in threads of their own, which see no `with_budget` block.
-
-    Args:
-        args: of the trainer.
-        asked: what needs another budget, as the error names it.
-    """
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{asked} does not work on {args.n_gpu} GPUs in one process (torch.nn.DataParallel): start with "
-            "`accelerate launch` or `torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES=0"
-        )

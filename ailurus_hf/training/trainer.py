@@ -17,7 +17,7 @@ from ..evaluation import ConfusionMatrix, SegmentationMetrics, predictions_from_
 from ..hub.model_card import CardResult, build_model_card
 from ..registry import has_architecture
 from .loss import SegmentationLoss
-from .optimization import layerwise_parameter_groups, refuse_data_parallel
+from .optimization import layerwise_parameter_groups
 
 __all__ = ["SegmentationTrainer", "check_resume"]
 
@@ -46,7 +46,7 @@ class SegmentationTrainer(Trainer):
         kwargs: for `Trainer`, such as `train_dataset`, `eval_dataset`, `processing_class`, `callbacks`.
 
     Raises:
-        ValueError: `args` leads to `torch.nn.DataParallel`, and `eval_keep_ratio` or a `KeepRatioSchedule` is given.
+        ValueError: `eval_keep_ratio` is given, and `args` leads to `torch.nn.DataParallel`.
     """
 
     def __init__(
@@ -79,8 +79,12 @@ class SegmentationTrainer(Trainer):
 
     @eval_keep_ratio.setter
     def eval_keep_ratio(self, ratio: float | None) -> None:
-        if ratio is not None:
-            refuse_data_parallel(self.args, f"eval_keep_ratio={ratio}")
+        if ratio is not None and self.args.n_gpu > 1:  # replicas run in threads of their own: no `with_budget` there
+            raise ValueError(
+                f"eval_keep_ratio={ratio} does not work on {self.args.n_gpu} GPUs in one process "
+                "(torch.nn.DataParallel): start with `accelerate launch` or `torchrun`, or show one GPU with "
+                "CUDA_VISIBLE_DEVICES=0"
+            )
         self._eval_keep_ratio = ratio
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
