@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +34,11 @@ from ailurus_hf import (
     AiluRusForSemanticSegmentation,
     AiluRusImageProcessor,
     AiluRusModel,
+    AiluRusSegformerForSemanticSegmentation,
     save_with_code,
 )
-from tests.factories import random_images, tiny_config, tiny_model
+from ailurus_hf.visualization import model_palette
+from tests.factories import random_images, tiny_config, tiny_model, tiny_segformer
 
 
 @pytest.fixture
@@ -124,6 +127,49 @@ def test_a_fresh_head_for_other_classes(checkpoint):
                                                                 "decode_head.classifier.bias"}  # fmt: skip
     assert model(random_images()).logits.shape[1] == 7
     assert model.decode_head.classifier.weight.std() > 0
+
+
+@pytest.mark.parametrize("architecture", ["plain", "SegFormer"])
+@pytest.mark.parametrize("auto", [False, True])
+def test_colours_of_other_classes_are_left_out(tmp_path, caplog, architecture, auto):
+    """Where a fresh head is asked for by number or by names; with one warning, unless new colours are given."""
+    colours = [[10 * index] * 3 for index in range(7)]
+    names = {index: f"class {index}" for index in range(7)}
+    if architecture == "plain":
+        model = tiny_model(AiluRusForSemanticSegmentation, palette=colours[:5])
+    else:
+        model = tiny_segformer(AiluRusSegformerForSemanticSegmentation, palette=colours[:5])
+    model.save_pretrained(tmp_path / "five")
+    load = partial((AutoModelForSemanticSegmentation if auto else type(model)).from_pretrained, tmp_path / "five")
+    kept = load(keep_ratio=1.0, num_labels=5)
+    assert (kept.config.palette, kept.config.id2label[4]) == (colours[:5], "LABEL_4")
+    for classes, expected in (
+        ({"num_labels": 7}, "LABEL_6"),
+        ({"id2label": names}, "class 6"),
+        ({"id2label": names, "num_labels": 7}, "class 6"),
+    ):
+        caplog.clear()
+        other = load(**classes, ignore_mismatched_sizes=True)
+        (warning,) = [record for record in caplog.records if record.name.startswith("ailurus_hf")]
+        assert warning.getMessage().startswith("left the palette out: it has 5 colours, and 7 classes are asked for")
+        assert (other.config.num_labels, other.config.palette, other.config.id2label[6]) == (7, None, expected)
+        assert model_palette(other.config).shape == (7, 3)
+        other.save_pretrained(tmp_path / "seven")
+        assert type(model).from_pretrained(tmp_path / "seven").config.palette is None
+        caplog.clear()
+        coloured = load(**classes, palette=colours, ignore_mismatched_sizes=True)
+        assert coloured.config.palette == colours
+        assert not [record for record in caplog.records if record.name.startswith("ailurus_hf")]
+    for wrong in ({"palette": colours}, {"num_labels": 7, "palette": colours[:3]}):
+        with pytest.raises(ValueError, match="palette must have a colour for each of the num_labels="):
+            load(**wrong, ignore_mismatched_sizes=True)
+
+
+def test_the_bundled_checkpoint_takes_other_classes():
+    bundled = Path(ailurus_hf.__file__).parent / "demo" / "checkpoint"
+    model = AiluRusForSemanticSegmentation.from_pretrained(bundled, num_labels=7, ignore_mismatched_sizes=True)
+    assert (model.config.num_labels, model.config.palette) == (7, None)
+    assert model(random_images()).logits.shape[1] == 7
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -292,9 +292,7 @@ def _save(
 
 def _card(report: ConversionReport, skeleton: PreTrainedModel, license: str) -> ModelCard:
     recipe = RECIPES[report.recipe]
-    source = CardSource(
-        recipe.title, report.source.name, report.sha256, recipe.url, recipe.citation, recipe=report.recipe
-    )
+    source = CardSource(recipe.title, report.source.name, report.sha256, recipe.url, recipe.citation)
     return build_model_card(skeleton.config, source=source, license=license, model_class=type(skeleton).__name__)
 
 

@@ -44,11 +44,21 @@ class SegmentationDataset(Dataset[dict[str, torch.Tensor]]):
     ) -> None:
         self.source, self.image_processor, self.augmentation = source, image_processor, augmentation
         self.ignore_index, self.skip_unreadable, self.seed = ignore_index, skip_unreadable, seed
-        self.epoch = 0
+        # In shared memory: workers that outlive an epoch (`persistent_workers`) keep the copy they started with.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._epoch.share_memory_()  # a copy's is its own; what a worker is sent is shared already, and stays so
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose views are drawn, in the workers of a data loader too."""
+        return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Views of another epoch, from the next iterator of the data loader on."""
-        self.epoch = epoch
+        """Views of another epoch, from the next iterator of the data loader on, whether its workers persist or not."""
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.source)

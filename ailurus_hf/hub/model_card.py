@@ -26,7 +26,6 @@ class CardSource:
         sha256: its hash, in hexadecimal.
         url: the source project's page.
         citation: BibTeX of its paper, or "".
-        recipe: name of the conversion recipe.
     """
 
     title: str
@@ -34,7 +33,6 @@ class CardSource:
     sha256: str
     url: str = ""
     citation: str = ""
-    recipe: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict, validated_field
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
+from .class_colours import ClassColoursMixin
 from .settings import StageResolutionMixin, at_least, one_of, positive
 
 # Settings with one value per stage, besides `stage_keep_ratios`.
@@ -13,7 +14,7 @@ _PER_STAGE = ("depths", "hidden_sizes", "num_attention_heads", "sr_ratios", "pat
 
 
 @strict
-class AiluRusSegformerConfig(StageResolutionMixin, BackboneConfigMixin, PreTrainedConfig):
+class AiluRusSegformerConfig(ClassColoursMixin, StageResolutionMixin, BackboneConfigMixin, PreTrainedConfig):
     """Configuration of a SegFormer (arXiv 2105.15203) with adaptive resolution in its stages.
 
     The settings of the method are those of `StageResolutionMixin`, applied to each stage by itself. The defaults of the
@@ -149,11 +150,7 @@ class AiluRusSegformerConfig(StageResolutionMixin, BackboneConfigMixin, PreTrain
                     f"hidden_sizes must be multiples of num_attention_heads={tuple(self.num_attention_heads)}, got "
                     f"{tuple(self.hidden_sizes)}"
                 )
-        if self.palette is not None and len(self.palette) != self.num_labels:
-            raise ValueError(
-                f"palette must have a colour for each of the num_labels={self.num_labels} classes, "
-                f"got {len(self.palette)}"
-            )
+        self.check_palette()
         for stage in range(len(self.depths)):
             self.merged_blocks(stage)
 

@@ -2,8 +2,8 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
@@ -15,76 +15,146 @@ __all__ = ["KeepRatioSchedule", "freeze_layers", "layerwise_parameter_groups"]
 
 
 def layerwise_parameter_groups(
-    model: PreTrainedModel, learning_rate: float, weight_decay: float = 0.0, layer_decay: float = 1.0
+    model: nn.Module, learning_rate: float, weight_decay: float = 0.0, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer, with a smaller learning rate the closer a layer is to the input.
 
     With n encoder layers the head learns at `learning_rate`, layer l (from 0) at `learning_rate * layer_decay**(n - l)`
-    and the embeddings at `learning_rate * layer_decay**(n + 1)` (BEiT, arXiv 2106.08254, appendix H). Biases, norms,
-    tokens and positions have no weight decay.
+    and the embeddings at `learning_rate * layer_decay**(n + 1)` (BEiT, arXiv 2106.08254, appendix H). What stands
+    between two layers, such as the patch embeddings of a later stage, learns like the layer after it, and what follows
+    the last layer like the head. Of several encoders, such as the towers of a model for pictures and text, each has its
+    own n. Biases, norms, tokens and positions have no weight decay.
 
     Args:
-        model: a model with an encoder under its base model, such as any of this package; only parameters that require
-            gradients are listed.
+        model: a model of this package or of transformers, or what holds or wraps one, such as UperNet on a backbone or
+            a PEFT model; only parameters that require gradients are listed.
         learning_rate: of the head.
         weight_decay: of matrices and kernels.
         layer_decay: factor from one layer to the one before it, above 0 and at most 1.
 
     Raises:
-        ValueError: `layer_decay` is out of range.
+        ValueError: `layer_decay` is out of range, or below 1 for a model in which no layers are found.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay must be above 0 and at most 1, got {layer_decay}")
-    depth_of, depth = _depths(model)
+    depths = _depths(model)
+    if layer_decay < 1 and not depths:
+        raise ValueError(f"layer_decay must be 1 for {type(model).__name__}, which has no encoder with layers")
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     groups: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[depth_of.get(id(parameter), depth), _decays(name, parameter)].append(parameter)
+            decays = _decays(name, parameter) and id(parameter) not in tables
+            groups[depths.get(id(parameter), _HEAD).to_head, decays].append(parameter)
     return [
         {
-            "params": groups[level, decays],
-            "lr": learning_rate * layer_decay ** (depth - level),
+            "params": groups[to_head, decays],
+            "lr": learning_rate * layer_decay**to_head,
             "weight_decay": weight_decay if decays else 0.0,
         }
-        for level, decays in sorted(groups)
+        for to_head, decays in sorted(groups, key=lambda key: (-key[0], key[1]))
     ]
 
 
-def freeze_layers(model: PreTrainedModel, count: int) -> None:
-    """Stop training the embeddings and the first `count` encoder layers; 0 trains everything.
+def freeze_layers(model: nn.Module, count: int) -> None:
+    """Stop training the embeddings and the first `count` encoder layers, and what stands between these; 0 trains all.
 
     Nothing is computed for them in the backward pass, which saves the most where the first layers run on all tokens and
     the others on merged ones: with `count = config.cluster_layer` the backward pass ends where the tokens were merged.
+    Of several encoders those with fewer layers are frozen up to their last one.
+
+    Args:
+        model: as in `layerwise_parameter_groups`.
+        count: number of layers; those of a hierarchical encoder are counted through its stages.
 
     Raises:
         ValueError: `count` is negative or above the number of layers.
     """
-    level_of, depth = _depths(model)
-    if not 0 <= count < depth:
-        raise ValueError(f"count must be from 0 to the number of layers {depth - 1}, got {count}")
+    depths = _depths(model)
+    most = max((depth.level + depth.to_head for depth in depths.values()), default=1) - 1
+    if not 0 <= count <= most:
+        raise ValueError(f"count must be from 0 to the number of layers {most}, got {count}")
     if count:
         for parameter in model.parameters():
-            if level_of.get(id(parameter), depth) <= count:
+            depth = depths.get(id(parameter), _HEAD)
+            if depth.to_head and depth.level <= count:
                 parameter.requires_grad_(False)
 
 
-def _depths(model: PreTrainedModel) -> tuple[dict[int, int], int]:
-    """Level of each encoder parameter: 0 before the first layer, 1 in it, ...; and the head's level."""
-    encoder = model.base_model
+class _Depth(NamedTuple):
+    """Where a parameter stands: 0 before the first layer, 1 in it or right before the second, ...; levels to go."""
+
+    level: int
+    to_head: int
+
+
+_HEAD = _Depth(0, 0)
+# Registered before the layers, used behind them (EoMT).
+_LATE = r"(layer)?norm|query"
+
+
+def _depths(model: nn.Module) -> dict[int, _Depth]:
+    """Depth of each parameter by its id; those that are not listed belong to the head. Empty without layers."""
+    depths: dict[int, _Depth] = {}
+    for encoder in _encoders(model):
+        names = {id(module): name for name, module in encoder.named_modules()}
+        steps = list(_in_order(encoder))
+        last, passed = sum(map(_is_layer, steps)) + 1, 0
+        for step in steps:
+            passed += _is_layer(step)
+            level = passed if _is_layer(step) or not passed else passed + 1
+            if level == 0 and re.fullmatch(_LATE, names[id(step)]):
+                level = last
+            for name, parameter in step.named_parameters(recurse=_is_layer(step)):
+                early = level == last and "position" in name
+                depths[id(parameter)] = _Depth(0, last) if early else _Depth(level, last - level)
+    return depths
+
+
+def _encoders(model: nn.Module) -> list[nn.Module]:
+    """Every part that makes features with layers, embeddings included and, as far as the model keeps it apart, without
+    what reads them."""
+    holding = [
+        part
+        for part in model.modules()
+        if isinstance(part, PreTrainedModel) and _holds_layers(part) and not type(part).__name__.endswith("Decoder")
+    ]
+    inside = {id(part): set(part.modules()) - {part} for part in holding}
+    innermost = [part for part in holding if inside[id(part)].isdisjoint(holding)]
+    encoders = []
+    for encoder in innermost:
+        around = [part for part in reversed(holding) if encoder in inside[id(part)]]
+        for outer in around:  # the smallest first
+            first = next(parameter for child in outer.children() for parameter in child.parameters())
+            if any(first is parameter for parameter in encoder.parameters()):
+                break  # nothing stands before the encoder: what stands behind it is a head
+            if len(inside[id(outer)].intersection(innermost)) > 1:
+                break
+            encoder = outer
+        encoders.append(encoder)
+    return encoders
+
+
+def _is_layer(module: nn.Module) -> bool:
     # What can be checkpointed is a layer: that holds for every encoder of transformers, whatever it calls its layers.
-    layers = [module for module in encoder.modules() if isinstance(module, GradientCheckpointingLayer)]
-    levels = {id(parameter): 0 for parameter in encoder.parameters()}
-    for level, layer in enumerate(layers, start=1):
-        levels |= {id(parameter): level for parameter in layer.parameters()}
-    if encoder is model:
-        return levels, len(layers) + 1
-    # The encoder's last norm works on what the head gets, and learns like it.
-    final = [parameter for name, parameter in encoder.named_parameters() if re.match(r"(layernorm|norm)\.", name)]
-    return levels | {id(parameter): len(layers) + 1 for parameter in final}, len(layers) + 1
+    kinds = [isinstance(part, GradientCheckpointingLayer) for part in module.modules()]
+    return kinds[0] and not any(kinds[1:])
+
+
+def _in_order(module: nn.Module) -> Iterator[nn.Module]:
+    """Layers, and each module outside them by itself, as they were registered: the order in which tokens pass them."""
+    yield module
+    if not _is_layer(module):
+        for part in module.children():
+            yield from _in_order(part)
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    return not _is_layer(module) and any(map(_is_layer, module.modules()))
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim > 1 and not re.search(r"(token|position)[a-z_]*s?$", name)
+    return parameter.ndim > 1 and not re.search(r"(token|pos|position)[a-z_]*s?$", name)
 
 
 class KeepRatioSchedule(TrainerCallback):

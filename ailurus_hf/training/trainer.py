@@ -1,6 +1,7 @@
 """`transformers.Trainer` for semantic segmentation: exact loss, streamed metrics, another budget for evaluation."""
 
 import os
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,12 @@ class SegmentationTrainer(Trainer):
         args: `TrainingArguments`.
         loss: by default cross entropy with the model's `semantic_loss_ignore_index`.
         eval_keep_ratio: share of tokens kept in evaluation; None evaluates as the model stands. Assign to it to
-            evaluate at another one.
+            evaluate at another one. Not on several GPUs in one process.
         layer_decay: see `layerwise_parameter_groups`; 1 leaves the optimizer to Trainer.
         kwargs: for `Trainer`, such as `train_dataset`, `eval_dataset`, `processing_class`, `callbacks`.
+
+    Raises:
+        ValueError: `eval_keep_ratio` is given, and `args` leads to `torch.nn.DataParallel`.
     """
 
     def __init__(
@@ -57,7 +61,6 @@ class SegmentationTrainer(Trainer):
     ) -> None:
         loss = loss or SegmentationLoss(getattr(model.config, "semantic_loss_ignore_index", 255))
         self.segmentation_loss = loss
-        self.eval_keep_ratio = eval_keep_ratio
         args.batch_eval_metrics = True  # counts are added up batch by batch
         if layer_decay != 1:
             optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
@@ -66,12 +69,36 @@ class SegmentationTrainer(Trainer):
         kwargs.setdefault("data_collator", SegmentationCollator(loss.ignore_index))
         kwargs.setdefault("compute_metrics", _RunningCounts(self, model.config.num_labels))
         super().__init__(model, args, compute_loss_func=loss, **kwargs)
+        self.eval_keep_ratio = eval_keep_ratio
         self.add_callback(_EpochOfViews())
+
+    @property
+    def eval_keep_ratio(self) -> float | None:
+        """Share of tokens kept in evaluation, above 0 and at most 1; None evaluates as the model stands."""
+        return self._eval_keep_ratio
+
+    @eval_keep_ratio.setter
+    def eval_keep_ratio(self, ratio: float | None) -> None:
+        if ratio is not None and self.args.n_gpu > 1:  # replicas run in threads of their own: no `with_budget` there
+            raise ValueError(
+                f"eval_keep_ratio={ratio} does not work on {self.args.n_gpu} GPUs in one process "
+                "(torch.nn.DataParallel): start with `accelerate launch` or `torchrun`, or show one GPU with "
+                "CUDA_VISIBLE_DEVICES=0"
+            )
+        self._eval_keep_ratio = ratio
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # Trainer itself would warn about tensors that are not the model's, and train on.
         check_resume(resume_from_checkpoint, self.accelerator.unwrap_model(self.model))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def get_train_dataloader(self) -> Any:
+        """As in `Trainer`; workers that persist change nothing that is random in training."""
+        return _seeded_apart(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As in `Trainer`; workers that persist change nothing that is random in training."""
+        return _seeded_apart(super().get_eval_dataloader(eval_dataset))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The step's micro-batches, and what their losses are divided by: see `SegmentationLoss`."""
@@ -183,9 +210,30 @@ class _EpochOfViews(TrainerCallback):
     """
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
-        dataset = getattr(train_dataloader, "dataset", None)
-        if dataset is not None and hasattr(dataset, "set_epoch"):
+        for dataset in _with_epochs(getattr(train_dataloader, "dataset", None)):
             dataset.set_epoch(int(state.epoch or 0))
+
+
+def _seeded_apart(loader: Any) -> Any:
+    """A loader whose workers take their seed from a generator of its own, if they persist.
+
+    They are seeded where they start, which a resumed run does once more than one that went straight on: drawn from
+    torch's generator, as usual, that would shift everything random after it, such as dropout.
+    """
+    if loader.persistent_workers:
+        own = getattr(loader, "base_dataloader", loader)  # the one that accelerate iterates over
+        own.generator = torch.Generator().manual_seed(torch.initial_seed())
+    return loader
+
+
+def _with_epochs(dataset: Any) -> Iterator[Any]:
+    """Every data set that has epochs: this one, or those that torch's `Subset` or `ConcatDataset` hold."""
+    if hasattr(dataset, "set_epoch"):
+        yield dataset
+        return
+    for held in getattr(dataset, "datasets", [getattr(dataset, "dataset", None)]):
+        if held is not None:
+            yield from _with_epochs(held)
 
 
 def _latest_results(history: list[dict[str, Any]]) -> list[CardResult]:

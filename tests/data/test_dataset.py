@@ -1,5 +1,7 @@
 """From labelled pictures to batches."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +61,20 @@ def test_workers_draw_the_same_views(tmp_path):
     alone, workers = (list(DataLoader(data, 2, num_workers=number)) for number in (0, 2))
     for a, b in zip(alone, workers, strict=True):
         assert torch.equal(a["pixel_values"], b["pixel_values"])
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_that_persist_follow_the_epochs(tmp_path, start):
+    """And those of a copy follow the copy's."""
+    original = dataset(write_camvid(tmp_path), augmentation=VIEWS)
+    data = copy.deepcopy(original)
+    original.set_epoch(7)
+    loader = DataLoader(data, 3, num_workers=1, persistent_workers=True, multiprocessing_context=start)
+    for epoch in (0, 2, 1):
+        data.set_epoch(epoch)
+        drawn = torch.cat([batch["pixel_values"] for batch in loader])
+        assert torch.equal(drawn, torch.stack([data[index]["pixel_values"] for index in range(6)])), epoch
+    assert (data.epoch, original.epoch) == (1, 7)
 
 
 def test_damaged_pictures_are_named_and_skipped_only_when_asked(tmp_path, caplog):

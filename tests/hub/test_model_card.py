@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from ailurus_hf.hub.model_card import CardSource, build_model_card
 from tests.factories import tiny_config
 
-SOURCE = CardSource("official Segmenter", "checkpoint.pth", "ab" * 32, "https://example.org", "@misc{x}", "segmenter")
+SOURCE = CardSource("official Segmenter", "checkpoint.pth", "ab" * 32, "https://example.org", "@misc{x}")
 
 
 def test_round_trip(tmp_path: Path) -> None:

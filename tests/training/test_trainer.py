@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, get_peft_model
+from torch.utils.data import ConcatDataset, Subset
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, Trainer, TrainerCallback, TrainingArguments
 
 from ailurus_hf import AiluRusForSemanticSegmentation, AiluRusImageProcessor, apply_ailurus
@@ -91,12 +92,21 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_resumed_run_has_the_same_curve(data, tmp_path, accumulation):
+# Those of the evaluation too.
+PERSISTENT = {
+    "dataloader_num_workers": 1, "dataloader_persistent_workers": True, "eval_strategy": "steps", "eval_steps": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "loading",
+    [{"gradient_accumulation_steps": 1}, {"gradient_accumulation_steps": 2}, PERSISTENT],
+    ids=["plain", "accumulated", "persistent workers"],
+)
+def test_a_resumed_run_has_the_same_curve(data, tmp_path, loading):
     """With everything that is random: views, order, dropout; killed in the middle of the second epoch."""
     settings = {
-        "max_steps": 9, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": accumulation,
-        "trainer": {"layer_decay": 0.8},
+        "max_steps": 9, "save_strategy": "steps", "save_steps": 3, "trainer": {"layer_decay": 0.8}, **loading,
     }  # fmt: skip
     make = {"hidden_dropout_prob": 0.1}
     schedule = [KeepRatioSchedule([(0, 1.0), (0.5, 0.25)])]
@@ -111,6 +121,27 @@ def test_a_resumed_run_has_the_same_curve(data, tmp_path, accumulation):
     assert len(losses(resumed)) == 9
     assert losses(resumed) == losses(straight)
     assert torch.equal(weights(resumed.model), weights(straight.model))
+
+
+def test_the_epoch_reaches_data_sets_inside_others(data, tmp_path):
+    trainer = trainer_for(data, network(), tmp_path, max_steps=5)
+    views = trainer.train_dataset
+    trainer.train_dataset = ConcatDataset([Subset(views, [0, 1]), Subset(views, [2, 3])])
+    trainer.train()
+    assert views.epoch == 2
+
+
+def test_several_gpus_in_one_process_are_refused_where_evaluation_has_its_own_budget(data, tmp_path):
+    """Replicas in other threads would not see it. A schedule writes to the configuration, which replicas share."""
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
+    assert SegmentationTrainer(network(), args, eval_keep_ratio=0.25).eval_keep_ratio == 0.25
+    args._n_gpu = 2
+    advice = r" does not work on 2 GPUs in one process .*: start with `accelerate launch` or `torchrun`"
+    with pytest.raises(ValueError, match="^eval_keep_ratio=0.25" + advice):
+        SegmentationTrainer(network(), args, eval_keep_ratio=0.25)
+    plain = SegmentationTrainer(network(), args, callbacks=[KeepRatioSchedule([(0, 1.0), (0.5, 0.25)])])
+    with pytest.raises(ValueError, match="^eval_keep_ratio=1" + advice):
+        plain.eval_keep_ratio = 1
 
 
 def test_resuming_needs_a_checkpoint_of_the_same_architecture(data, tmp_path):
