@@ -17,6 +17,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .token_groups import take_tokens
 
+_MAX_LINES_BLOCK = 2**19  # most elements of the lines whose distances are computed together (2 MiB)
 _MAX_DISTANCE_BLOCK = 2**22  # most elements, per image, of a block of token-to-representative distances (16 MiB)
 
 
@@ -68,15 +69,22 @@ def neighborhood_distances(
     """
     batch_size, _, hidden_size = tokens.shape
     tokens = tokens.view(batch_size, *grid, hidden_size)
+    # The distance between two tokens serves both of them, so of two opposite offsets only the first is computed; all of
+    # them for some lines of the grid, while these are in the cache, then for the next lines.
+    halves = [offset for offset in offsets if tuple(-step for step in offset) not in offsets[: offsets.index(offset)]]
+    pairs: dict[tuple[int, ...], list[Tensor]] = {offset: [] for offset in halves}
+    for first in range(0, grid[0], lines := _lines_at_once(tokens)):
+        for offset in halves:
+            here, there = _overlap(offset, grid, range(first, min(first + lines, grid[0])))
+            difference = tokens[(slice(None), *here)] - tokens[(slice(None), *there)]
+            pairs[offset].append(difference.square_().sum(-1).sqrt())
     by_offset: dict[tuple[int, ...], Tensor] = {}
     for offset in offsets:
-        opposite = tuple(-step for step in offset)
         here, there = _overlap(offset, grid)
-        if opposite in by_offset:  # the distance between two tokens serves both of them
-            pair = by_offset[opposite][(slice(None), *there)]
+        if offset in pairs:
+            pair = torch.cat(pairs[offset], dim=1)
         else:
-            difference = tokens[(slice(None), *here)] - tokens[(slice(None), *there)]
-            pair = difference.square_().sum(-1).sqrt()
+            pair = by_offset[tuple(-step for step in offset)][(slice(None), *there)]
         by_offset[offset] = _place(pair, here, grid)
     distances = torch.stack([by_offset[offset] for offset in offsets], dim=1).flatten(2)
     rank = torch.arange(1, len(offsets) + 1, device=tokens.device, dtype=tokens.dtype)
@@ -84,11 +92,26 @@ def neighborhood_distances(
     return distances * (spatial_weight / math.sqrt(hidden_size))[:, None]
 
 
-def _overlap(offset: tuple[int, ...], grid: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Slices of the positions that have a neighbour at `offset`, and of those neighbours."""
+def _lines_at_once(tokens: Tensor) -> int:
+    """How many lines along the first axis of the grid fit the cache, of tokens (batch_size, *grid, hidden_size); all of
+    them on other devices, and in a graph, which each part would make longer."""
+    if tokens.device.type != "cpu" or torch.compiler.is_compiling():
+        return tokens.shape[1]
+    return max(_MAX_LINES_BLOCK // (tokens[:, 0].numel() or 1), 1)
+
+
+def _overlap(
+    offset: tuple[int, ...], grid: tuple[int, ...], lines: range | None = None
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Slices of the positions that have a neighbour at `offset`, and of those neighbours; in some lines of the first
+    axis only, if these are given."""
     here, there = [], []
-    for step, size in zip(offset, grid, strict=True):
+    for axis, (step, size) in enumerate(zip(offset, grid, strict=True)):
         start, length = (max(0, -step), size - abs(step)) if abs(step) < size else (0, 0)
+        if axis == 0 and lines is not None:
+            stop = min(start + length, lines.stop)
+            start = max(start, lines.start)
+            length = max(stop - start, 0)
         here.append(slice(start, start + length))
         there.append(slice(start + step, start + step + length) if length else slice(0, 0))
     return tuple(here), tuple(there)

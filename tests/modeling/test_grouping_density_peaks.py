@@ -164,6 +164,15 @@ def test_half_precision_features_are_clustered_in_float32(dtype):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("grid", [(7, 9), (1, 9), (3, 4, 5)], ids=str)
+@pytest.mark.parametrize("lines", [1, 2, 3])
+def test_lines_of_the_grid_one_after_the_other_give_the_same_bits(grid, lines, monkeypatch):
+    tokens, offsets = torch.randn(2, math.prod(grid), 8), neighborhood_offsets(len(grid), 50)
+    expected = neighborhood_distances(tokens, grid, offsets, 0.9)
+    monkeypatch.setattr(grouping_density_peaks, "_MAX_LINES_BLOCK", lines * tokens[0].numel() // grid[0] * 2)
+    assert torch.equal(neighborhood_distances(tokens, grid, offsets, 0.9), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1, 300])  # 300: squared, beyond float16
 @pytest.mark.parametrize("neighborhood_size", [4, 50])
