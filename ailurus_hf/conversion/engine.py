@@ -16,6 +16,7 @@ from warnings import warn
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..hub.model_card import CardSource, build_model_card
@@ -174,6 +175,8 @@ def _convert_tensors(
     for mapping in mappings:
         tensors |= zip(mapping.targets, _transform(mapping, checkpoint.tensors[mapping.source]), strict=True)
     _check_against_model(mappings, tensors, skeleton, plan.rules)
+    if plan.bgr:
+        tensors[_picture_kernel(skeleton)] = tensors[_picture_kernel(skeleton)].flip(1)
     check_rules_used(plan.rules, mappings)
     wanted = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
     floats = [tensor.dtype for name, tensor in tensors.items() if wanted[name].is_floating_point]
@@ -233,6 +236,11 @@ def _check_against_model(
                     f"wrong shape of {mapping.source} in the checkpoint: it gives {name} the shape "
                     f"{tuple(tensors[name].shape)}, but the model of its settings needs {expected[name]}"
                 )
+
+
+def _picture_kernel(model: PreTrainedModel) -> str:
+    """Name of the weight that meets the picture's channels, (out_channels, num_channels, height, width)."""
+    return next(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
 
 
 def _source_name(target: str, rules: Sequence[Rule]) -> str:

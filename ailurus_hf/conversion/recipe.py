@@ -13,10 +13,12 @@ from ..modeling.modeling_ailurus import AiluRusForSemanticSegmentation
 from .reading.sources import find_weights
 from .rules import Rule
 
-__all__ = ["Evidence", "Plan", "Recipe", "Reference", "Sign", "SourceCheckpoint"]
+__all__ = ["Evidence", "Pictures", "Plan", "Preprocess", "Recipe", "Reference", "Sign", "SourceCheckpoint"]
 
 # (source tensors by name, pixel_values (batch_size, num_channels, height, width)) -> the output `Plan.output`
 Reference = Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
+# RGB picture (3, height, width) uint8 -> the source's pixel_values (1, num_channels, rows, columns)
+Preprocess = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,16 @@ class SourceCheckpoint:
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """How a source takes pictures: `processor`, `bgr`, `preprocess` and notes as in [`Plan`]."""
+
+    processor: Mapping[str, Any]
+    bgr: bool = False
+    preprocess: Preprocess | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Plan:
     """How one source becomes one AiluRus checkpoint.
 
@@ -85,6 +97,10 @@ class Plan:
         processor: arguments of `AiluRusImageProcessor`.
         model_class: class of the result, whose config class takes `config`.
         reference: the source's own forward, for verification; `None` when there is none.
+        preprocess: the source's own way from a picture to its pixel values, for verification; `None` when it is not
+            known.
+        bgr: whether the source's pixel values are blue, green, red. The models here take red, green, blue: the input
+            channels of the first convolution are turned around, and `processor` must be in the turned order.
         output: the model's output that the reference computes, such as "logits" or "last_hidden_state".
         recorded: names of outputs recorded in a `golden.safetensors` -> the model's output they are.
         pads_images: whether the source takes images that are no whole number of patches, as the models here do.
@@ -99,6 +115,8 @@ class Plan:
     processor: Mapping[str, Any]
     model_class: type[PreTrainedModel] = AiluRusForSemanticSegmentation
     reference: Reference | None = None
+    preprocess: Preprocess | None = None
+    bgr: bool = False
     output: str = "logits"
     recorded: Mapping[str, str] = field(default_factory=lambda: {"logits": "logits"})
     pads_images: bool = False

@@ -1,17 +1,20 @@
 """The mmsegmentation recipe: names, settings read without running them, outputs of the original code."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ailurus_hf import AiluRusConfig, AiluRusForSemanticSegmentation, AiluRusImageProcessor
-from ailurus_hf.conversion import CheckpointError, convert_checkpoint
+from ailurus_hf.conversion import CheckpointError, CheckpointWarning, convert_checkpoint, engine
 from ailurus_hf.conversion.engine import check_rules_used, map_keys
 from ailurus_hf.conversion.reading.python_config import parse_config
+from ailurus_hf.conversion.recipe import Pictures
+from ailurus_hf.conversion.recipes import mmseg
 from ailurus_hf.conversion.recipes.mmseg import HEADS as HEAD_CLASSES
 from ailurus_hf.conversion.recipes.mmseg import mmseg_rules
 from ailurus_hf.evaluation import sliding_window_logits
@@ -148,7 +151,8 @@ class TestSettings:
 
     def test_windows_that_are_not_square(self, tmp_path: Path) -> None:
         write_mmseg(tmp_path / "source", "mask", crop_size="(32, 48)")
-        convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
+        with pytest.warns(CheckpointWarning, match=r"windows of crop_size=\(32, 48\), stride=\(24, 24\) are not kept"):
+            convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
         assert AiluRusConfig.from_pretrained(tmp_path / "out").window_size is None
 
     def test_a_classifier_that_the_mask_head_does_not_use(self, tmp_path: Path) -> None:
@@ -164,6 +168,73 @@ class TestSettings:
         text = CONFIG.replace("HEAD", HEADS["linear"]).replace("MODE", "bicubic").replace("TEST", "None")
         (tmp_path / "source" / "linear.py").write_text(text)
         convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
+
+
+MEAN, STD = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+OLD = {"data = dict(type='SegDataPreProcessor',": "img_norm_cfg = dict(", "data_preprocessor=data,": ""}
+# what a config says of the order of the channels, and whether the model takes blue, green, red
+ORDERS: dict[str, tuple[dict[str, str], bool]] = {
+    "turned": ({}, False),
+    "turned, by its other name": ({"bgr_to_rgb=True": "rgb_to_bgr=True"}, False),
+    "as it is in files": ({"bgr_to_rgb=True": "bgr_to_rgb=False"}, True),
+    "not told": ({", bgr_to_rgb=True": ""}, True),
+    "0.x, turned": ({**OLD, "bgr_to_rgb=True": "to_rgb=True"}, False),
+    "0.x, as it is in files": ({**OLD, "bgr_to_rgb=True": "to_rgb=False"}, True),
+    "0.x, not told": ({**OLD, ", bgr_to_rgb=True": ""}, False),
+}
+
+
+class TestPictures:
+    @pytest.mark.parametrize("order", ORDERS)
+    @torch.no_grad()
+    def test_from_a_picture_to_its_logits(self, order: str, tmp_path: Path) -> None:
+        replaced, bgr = ORDERS[order]
+        source = write_mmseg(tmp_path / "source", "linear", replaced=replaced)
+        report = convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
+        assert report.verification is not None
+        assert "from a picture on" in report.verification.against
+        picture = torch.randint(0, 256, (3, 37, 59), dtype=torch.uint8)
+        values = (picture.flip(0) if bgr else picture).float()
+        expected = source(((values - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1))[None])
+        model = AiluRusForSemanticSegmentation.from_pretrained(tmp_path / "out", keep_ratio=1.0).eval()
+        processor = AiluRusImageProcessor.from_pretrained(tmp_path / "out")
+        logits = model(processor(picture, return_tensors="pt")["pixel_values"]).logits
+        assert (logits - expected).abs().max() <= TOLERANCE
+
+    def test_recorded_outputs_are_of_the_source_order(self, tmp_path: Path) -> None:
+        source = write_mmseg(tmp_path / "source", "linear", replaced=ORDERS["as it is in files"][0])
+        pixel_values = torch.randn(1, 3, 32, 48)
+        recorded = {"pixel_values": pixel_values, "logits": source(pixel_values)}
+        save_file(recorded, tmp_path / "source" / "golden.safetensors")
+        report = convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
+        assert report.verification is not None
+        assert "golden.safetensors" in report.verification.against
+
+    @pytest.mark.parametrize("wrong", [{"bgr": False}, {"processor": {"image_mean": [0.5] * 3}}])
+    def test_a_wrong_preprocessing_is_caught(
+        self, wrong: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def read(*arguments: Any) -> Pictures:
+            return replace(right(*arguments), **wrong)
+
+        right: Any = mmseg.read_pictures
+        write_mmseg(tmp_path / "source", "linear", replaced=ORDERS["as it is in files"][0])
+        monkeypatch.setattr(mmseg, "read_pictures", read)
+        with pytest.raises(CheckpointError, match="the pixel values of a picture differ from the source's own"):
+            convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_a_forgotten_kernel_is_caught(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(engine, "_picture_kernel", lambda model: "ailurus.embeddings.position_embeddings")
+        write_mmseg(tmp_path / "source", "linear", replaced=ORDERS["as it is in files"][0])
+        with pytest.raises(CheckpointError, match="the logits differ"):
+            convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
+
+    def test_padding_is_said(self, tmp_path: Path) -> None:
+        padded = {"bgr_to_rgb=True": "bgr_to_rgb=True, test_cfg=dict(size_divisor=32)"}
+        write_mmseg(tmp_path / "source", "linear", replaced=padded)
+        with pytest.warns(CheckpointWarning, match="test_cfg pads pictures before the model sees them"):
+            convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
 
 
 class TestKeys:
@@ -249,6 +320,12 @@ class TestRefusals:
             ),
             ("mask", {"num_classes=4, num_layers": "num_classes='4', num_layers"}, "num_classes must be a whole"),
             ("mask", {"img_size=(32, 48)": "img_size=(32, 48, 8)"}, "img_size must be a number or"),
+            (
+                "mask",
+                {"bgr_to_rgb=True": "bgr_to_rgb='no'"},
+                "data_preprocessor.bgr_to_rgb must be true or false, got 'no'",
+            ),
+            ("mask", {"data_preprocessor=data,": "", "\ndata = ": "\nother = "}, "img_norm_cfg must tell mean and"),
             ("mask", {"drop_rate=0.1": "drop_rate=2"}, "drop_rate must be a number from 0 to below 1, got 2"),
             (
                 "mask",

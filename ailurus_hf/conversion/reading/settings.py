@@ -34,6 +34,10 @@ class Settings:
         """A whole number above 0."""
         return int(self._checked(key, default, _is_size, "a whole number above 0"))
 
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A whole number of either sign."""
+        return int(self._checked(key, default, lambda value: type(value) is int, "a whole number"))
+
     def share(self, key: str, default: float) -> float:
         """A number from 0 to below 1, such as a dropout probability."""
         expected = "a number from 0 to below 1"

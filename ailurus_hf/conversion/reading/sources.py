@@ -19,7 +19,6 @@ __all__ = [
     "license_of",
     "read_json",
     "read_json_beside",
-    "read_preprocessing",
     "read_tensors",
     "tensors_of",
     "weight_files",
@@ -47,7 +46,10 @@ PROCESSOR_FIELDS = (
     "do_normalize",
     "image_mean",
     "image_std",
-)
+    "do_pad",
+    "pad_size",
+    "do_reduce_labels",
+)  # settings of transformers' image processors that ours has too
 RECORDED = "golden.safetensors"  # outputs recorded beside a checkpoint, no weights
 
 
@@ -197,16 +199,6 @@ def read_json_beside(weights: Path, name: str = "config.json", needed_by: str = 
     if needed_by:
         raise FileNotFoundError(f"no {name} beside {weights}: {needed_by} checkpoints keep their settings there")
     return {}
-
-
-def read_preprocessing(weights: Path) -> dict[str, Any]:
-    """The settings of transformers' image processors beside the weights; the old spelling `size: 224` is a square."""
-    stored = read_json_beside(weights, "preprocessor_config.json")
-    settings = {name: value for name, value in stored.items() if name in PROCESSOR_FIELDS}
-    for name in ("size", "crop_size"):
-        if isinstance(side := settings.get(name), int):
-            settings[name] = {"height": side, "width": side}
-    return settings
 
 
 def license_of(folder: Path) -> str | None:

@@ -48,11 +48,12 @@ def plan_ailurus(checkpoint: SourceCheckpoint) -> Plan:
         raise CheckpointError(f"config.json: architectures must name one of {', '.join(row.models)}, got {names!r}")
     auto_class = row.models[names[0]]
     config = _settings(checkpoint, row)
+    processor = _processor(checkpoint.weights_path)
     output = "last_hidden_state" if auto_class == "AutoModel" else "logits"
     return Plan(
         config=config,
         rules=RULES,
-        processor=_processor(checkpoint.weights_path),
+        processor=processor,
         model_class=row.load(auto_class),
         reference=None if auto_class == "AutoBackbone" else _dense_forward(config, row, auto_class, output),
         output=output,

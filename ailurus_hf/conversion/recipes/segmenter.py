@@ -18,7 +18,8 @@ from ...utils.errors import CheckpointError
 from ..reading.files import read_yaml, state_dict_of, strip_common_prefix
 from ..reading.settings import Settings
 from ..reading.sources import find_weights, read_tensors
-from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
+from ..recipe import Pictures, Plan, Recipe, Sign, SourceCheckpoint
+from ..references.pictures import Preprocessing
 from ..references.segmenter import SegmenterForward
 from ..rules import PARAM, Drop, Rename, Rule, Transpose
 from .timm_style import IMAGENET, block_rules, count_blocks
@@ -101,10 +102,18 @@ def plan_segmenter(checkpoint: SourceCheckpoint) -> Plan:
     config = _encoder_config(net) | _decoder_config(net.section("decoder"), net)
     config |= _window_config(variant)
     _check_number_of_blocks(checkpoint, config)
-    processor, notes = _processor(variant, net)
+    pictures = _pictures(variant, net)
     rules = segmenter_rules(config["decoder_type"], config["use_distillation_token"])
     reference = SegmenterForward(config)
-    return Plan(config=config, rules=rules, processor=processor, reference=reference, pads_images=True, notes=notes)
+    return Plan(
+        config=config,
+        rules=rules,
+        processor=pictures.processor,
+        reference=reference,
+        preprocess=pictures.preprocess,
+        pads_images=True,
+        notes=pictures.notes,
+    )
 
 
 def _encoder_config(net: Settings) -> dict[str, Any]:
@@ -167,7 +176,7 @@ def _check_number_of_blocks(checkpoint: SourceCheckpoint, config: Mapping[str, A
             )
 
 
-def _processor(variant: Settings, net: Settings) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _pictures(variant: Settings, net: Settings) -> Pictures:
     """Preprocessing as in the original evaluation: the shorter side resized to `im_size`, then normalised.
 
     Without `inference_kwargs.im_size` the size is the training images' (`dataset_kwargs.image_size`), else the
@@ -189,7 +198,9 @@ def _processor(variant: Settings, net: Settings) -> tuple[dict[str, Any], tuple[
         size = dataset.integer("image_size")
     else:
         size = min(_image_size(net))
-    return {"do_resize": True, "size": {"shortest_edge": size}, **NORMALIZATIONS[names[0]]}, notes
+    processor = {"do_resize": True, "size": {"shortest_edge": size}, **NORMALIZATIONS[names[0]]}
+    preprocess = Preprocessing(processor["image_mean"], processor["image_std"], shortest_edge=size)
+    return Pictures(processor, preprocess=preprocess, notes=notes)
 
 
 def _image_size(net: Settings) -> tuple[int, int]:

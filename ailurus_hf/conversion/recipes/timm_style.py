@@ -17,7 +17,8 @@ from ...modeling.modeling_ailurus import AiluRusForImageClassification, AiluRusM
 from ...utils.errors import CheckpointError
 from ..reading.files import strip_common_prefix
 from ..reading.sources import read_tensors, tensors_of
-from ..recipe import Plan, Sign, SourceCheckpoint
+from ..recipe import Pictures, Plan, Sign, SourceCheckpoint
+from ..references.pictures import Preprocessing
 from ..references.vit import ViTForward
 from ..rules import PARAM, Rename, Rule, SplitRows, match, renames
 
@@ -25,6 +26,7 @@ __all__ = [
     "BARE",
     "BLOCK",
     "IMAGENET",
+    "IMAGENET_PICTURES",
     "IN_MODEL",
     "TimmParts",
     "block_rules",
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 IMAGENET: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+IMAGENET_PICTURES = Pictures(IMAGENET, preprocess=Preprocessing(IMAGENET["image_mean"], IMAGENET["image_std"]))
 PUBLISHED_HEADS = {
     192: 3,
     384: 6,
@@ -246,7 +249,7 @@ def encoder_plan(
     classifiers: Mapping[str, str] = {},
     unused: tuple[Rule, ...] = (),
     recorded: Mapping[str, str] | None = None,
-    processor: Mapping[str, Any] = IMAGENET,
+    pictures: Pictures = IMAGENET_PICTURES,
     license: str | None = None,
 ) -> Plan:
     """The plan for a bare encoder, or for one with classifiers.
@@ -255,7 +258,8 @@ def encoder_plan(
         config: fields of the model's config, except those of the classifiers.
         classifiers: names of the classifiers that the source has -> ours.
         unused: rules for what has no place in the model.
-        recorded, processor, license: as in `Plan`.
+        pictures: how pictures are prepared.
+        recorded, license: as in `Plan`.
     """
     config = dict(config)
     if classifiers:
@@ -264,7 +268,8 @@ def encoder_plan(
     return Plan(
         config=config,
         rules=(*encoder_rules(parts, "ailurus." if classifiers else ""), *renames(classifiers), *unused),
-        processor=dict(processor),
+        processor=dict(pictures.processor),
+        preprocess=pictures.preprocess,
         model_class=AiluRusForImageClassification if classifiers else AiluRusModel,
         reference=ViTForward(config, parts.prefix, parts.register_name, tuple(classifiers)),
         output="logits" if classifiers else "last_hidden_state",

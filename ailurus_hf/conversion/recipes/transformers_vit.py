@@ -19,10 +19,11 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from ...modeling.modeling_ailurus import AiluRusForImageClassification, AiluRusModel
 from ...utils.errors import CheckpointError
 from ..reading.settings import config_of
-from ..reading.sources import license_of, read_json_beside, read_preprocessing, read_tensors, tensors_of
-from ..recipe import Plan, Recipe, Reference, Sign, SourceCheckpoint
+from ..reading.sources import license_of, read_json_beside, read_tensors, tensors_of
+from ..recipe import Pictures, Plan, Recipe, Reference, Sign, SourceCheckpoint
 from ..rules import PARAM, Drop, Rename, Rule, SplitRows, renames
 from ..unsupported import refuse_unsupported
+from .native_processor import native_pictures
 from .timm_style import position_settings, rows_of
 
 __all__ = ["FAMILIES", "RECIPE", "Family", "plan_transformers", "read_transformers", "transformers_rules"]
@@ -162,12 +163,14 @@ def plan_transformers(checkpoint: SourceCheckpoint) -> Plan:
         family, version, prefix, target, config["use_swiglu_ffn"], config["num_register_tokens"] > 0
     )
     height, width = config["image_size"]
+    pictures = native_pictures(checkpoint.weights_path, native.model_type) or Pictures({})
     return Plan(
         config=config,
         rules=rules + _classifier_rules(classifier),
-        processor=read_preprocessing(checkpoint.weights_path),
+        processor=pictures.processor,
         model_class=AiluRusModel if classifier is None else AiluRusForImageClassification,
         reference=_native_forward(native, family, classifier),
+        preprocess=pictures.preprocess,
         output="last_hidden_state" if classifier is None else "logits",
         resizes=height == width,  # the native classes take the square root of the number of positions
         license=license_of(checkpoint.weights_path.parent),

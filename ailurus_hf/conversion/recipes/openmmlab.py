@@ -1,0 +1,89 @@
+"""What the configs of OpenMMLab's mmsegmentation, and of NVlabs' SegFormer made with it, say beside the layers.
+
+mmsegmentation reads files as blue, green, red. Version 1.x turns them around where `data_preprocessor` has
+`bgr_to_rgb=True` (or `rgb_to_bgr`, the same operation), and does not by default; version 0.x does where
+`img_norm_cfg.to_rgb` is true, which is the default. Mean and standard deviation are in the order after that, on the 0
+to 255 scale. A head with one channel is a sigmoid: class 1 where it is above `threshold`, 0.3 by default.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..reading.settings import Settings, label_names
+from ..recipe import Pictures
+from ..references.pictures import Preprocessing
+
+__all__ = ["head_settings", "label_settings", "read_pictures", "window_settings"]
+
+RGB = 3  # channels that have an order to turn around
+DEFAULT_THRESHOLD = 0.3  # of BaseDecodeHead, for one channel
+
+
+def read_pictures(config: Mapping[str, Any], num_channels: int) -> Pictures | None:
+    """Normalisation and order of channels, from a config's assignments; `None` where it names neither.
+
+    Raises:
+        CheckpointError: a setting is of the wrong type.
+    """
+    model = config.get("model")
+    data = model.get("data_preprocessor") if isinstance(model, Mapping) else None
+    data = data or config.get("data_preprocessor")
+    if isinstance(data, Mapping):
+        settings = Settings(data, "the config's data_preprocessor.")
+        turned = settings.flag("bgr_to_rgb", False) or settings.flag("rgb_to_bgr", False)
+        notes = _padding_notes(settings)
+    elif isinstance(data := config.get("img_norm_cfg"), Mapping):
+        settings = Settings(data, "the config's img_norm_cfg.")
+        turned, notes = settings.flag("to_rgb", True), ()
+    else:
+        return None
+    mean, std = (settings.numbers(name, length=num_channels) for name in ("mean", "std"))
+    bgr = num_channels == RGB and not turned
+    ours = [[value / 255 for value in (values[::-1] if bgr else values)] for values in (mean, std)]
+    processor = {"image_mean": ours[0], "image_std": ours[1], "do_reduce_labels": _reduces_labels(config)}
+    return Pictures(processor, bgr, Preprocessing(mean, std, top=255, bgr=bgr), notes)
+
+
+def _padding_notes(data: Settings) -> tuple[str, ...]:
+    if not data.section("test_cfg", default={}).values:
+        return ()
+    return (f"{data.where}test_cfg pads pictures before the model sees them; this is not done here",)
+
+
+def _reduces_labels(config: Mapping[str, Any]) -> bool:
+    labels = config.get("labels")
+    return isinstance(labels, Mapping) and labels.get("reduce_zero_label") is True
+
+
+def window_settings(model: Settings) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Size and stride of the sliding windows in pixels where the model was tested with them, and notes."""
+    test = model.section("test_cfg", default={})
+    if test.values.get("mode") != "slide":
+        return {}, ()
+    size, stride = test.pair("crop_size"), test.pair("stride")
+    if size[0] != size[1] or stride[0] != stride[1]:
+        return {}, (
+            f"windows of crop_size={tuple(size)}, stride={tuple(stride)} are not kept: they must be square here",
+        )
+    return {"window_size": size[0], "window_stride": stride[0]}, ()
+
+
+def head_settings(head: Settings) -> dict[str, Any]:
+    """Number of classes of the data set, channels of the logits, and what the loss leaves out.
+
+    Raises:
+        CheckpointError: a setting is of the wrong type.
+    """
+    return {"semantic_loss_ignore_index": head.whole("ignore_index", 255)}
+
+
+def label_settings(labels: Mapping[str, Any], num_labels: int) -> dict[str, Any]:
+    """Class names and colours of the data set, where the checkpoint carries as many as it has classes."""
+    settings, palette = label_names(labels.get("classes"), num_labels), labels.get("palette")
+    if _is_list(palette, num_labels) and all(_is_list(colour, RGB) for colour in palette):
+        settings["palette"] = [[int(value) for value in colour] for colour in palette]
+    return settings
+
+
+def _is_list(value: Any, length: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == length
