@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..registry import ARCHITECTURES
 from ..utils.errors import CheckpointError
 from .reading.sources import find_weights, read_json_beside, read_tensors
 from .recipe import Evidence
@@ -36,6 +37,7 @@ def choose_recipe(name: str, source: str | Path) -> tuple[str, Path, str | None]
     if relatives:  # else there is nothing to choose, and no reason to read the source twice
         evidence = _gather(weights)
         other = OWN_RECIPES.get(unsupported_family(evidence.tensors, evidence.model_type) or "")
+        other = "ailurus" if evidence.model_type in ARCHITECTURES else other
         name = other if other in relatives else name
     return name, weights, None
 

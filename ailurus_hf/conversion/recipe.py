@@ -138,7 +138,8 @@ class Recipe:
         read: reads the weights found, and the settings in or beside them, safely.
         plan: makes the plan.
         find: finds the weights: a file, in a folder or (where that makes sense) under a name on the Hub.
-        relatives: recipes for other model families of the same project; a source of theirs is handed to them.
+        relatives: recipes for sources that look alike, such as other model families of the same project; a source of
+            theirs is handed to them.
     """
 
     title: str

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from ...architectures.row import Architecture
+from ...modeling.image_processing_ailurus import AiluRusImageProcessor
 from ...registry import ARCHITECTURES
 from ...utils.errors import CheckpointError
 from ..reading.files import state_dict_of
 from ..reading.settings import config_of
 from ..reading.sources import license_of, read_json_beside, read_tensors
-from ..recipe import Plan, Recipe, Reference, Sign, SourceCheckpoint
+from ..recipe import Plan, Preprocess, Recipe, Reference, Sign, SourceCheckpoint
 from ..rules import Rename
 
 __all__ = ["RECIPE", "plan_ailurus", "read_ailurus"]
@@ -56,6 +57,7 @@ def plan_ailurus(checkpoint: SourceCheckpoint) -> Plan:
         processor=processor,
         model_class=row.load(auto_class),
         reference=None if auto_class == "AutoBackbone" else _dense_forward(config, row, auto_class, output),
+        preprocess=_preprocess(checkpoint.weights_path),
         output=output,
         pads_images=True,
         license=license_of(checkpoint.weights_path.parent),
@@ -79,6 +81,19 @@ def _settings(checkpoint: SourceCheckpoint, row: Architecture) -> dict[str, Any]
 def _processor(weights: Path) -> dict[str, Any]:
     settings = read_json_beside(weights, "preprocessor_config.json")
     return {name: value for name, value in settings.items() if not name.endswith("_type") and name != "auto_map"}
+
+
+def _preprocess(weights: Path) -> Preprocess | None:
+    """The source's own image processor; `None` where it has none."""
+    if not (weights.parent / "preprocessor_config.json").is_file():
+        return None
+    processor = AiluRusImageProcessor.from_pretrained(weights.parent)
+
+    def preprocess(picture: torch.Tensor) -> torch.Tensor:
+        pixel_values: torch.Tensor = processor(picture, return_tensors="pt")["pixel_values"]
+        return pixel_values
+
+    return preprocess
 
 
 def _dense_forward(config: Mapping[str, Any], row: Architecture, auto_class: str, output: str) -> Reference:

@@ -28,19 +28,25 @@ def read_pictures(config: Mapping[str, Any], num_channels: int) -> Pictures | No
     model = config.get("model")
     data = model.get("data_preprocessor") if isinstance(model, Mapping) else None
     data = data or config.get("data_preprocessor")
+    old = config.get("img_norm_cfg")
+    notes: tuple[str, ...] = ()
     if isinstance(data, Mapping):
         settings = Settings(data, "the config's data_preprocessor.")
         turned = settings.flag("bgr_to_rgb", False) or settings.flag("rgb_to_bgr", False)
         notes = _padding_notes(settings)
-    elif isinstance(data := config.get("img_norm_cfg"), Mapping):
-        settings = Settings(data, "the config's img_norm_cfg.")
-        turned, notes = settings.flag("to_rgb", True), ()
+    elif isinstance(old, Mapping):
+        settings = Settings(old, "the config's img_norm_cfg.")
+        turned = settings.flag("to_rgb", True)
     else:
         return None
-    mean, std = (settings.numbers(name, length=num_channels) for name in ("mean", "std"))
+    mean, std = [settings.numbers(name, length=num_channels) for name in ("mean", "std")]
     bgr = num_channels == RGB and not turned
-    ours = [[value / 255 for value in (values[::-1] if bgr else values)] for values in (mean, std)]
-    processor = {"image_mean": ours[0], "image_std": ours[1], "do_reduce_labels": _reduces_labels(config)}
+    order = -1 if bgr else 1
+    processor = {
+        "image_mean": [value / 255 for value in mean[::order]],
+        "image_std": [value / 255 for value in std[::order]],
+        "do_reduce_labels": _reduces_labels(config),
+    }
     return Pictures(processor, bgr, Preprocessing(mean, std, top=255, bgr=bgr), notes)
 
 
@@ -79,7 +85,8 @@ def head_settings(head: Settings) -> dict[str, Any]:
 
 def label_settings(labels: Mapping[str, Any], num_labels: int) -> dict[str, Any]:
     """Class names and colours of the data set, where the checkpoint carries as many as it has classes."""
-    settings, palette = label_names(labels.get("classes"), num_labels), labels.get("palette")
+    settings = label_names(labels.get("classes"), num_labels)
+    palette: Any = labels.get("palette")
     if _is_list(palette, num_labels) and all(_is_list(colour, RGB) for colour in palette):
         settings["palette"] = [[int(value) for value in colour] for colour in palette]
     return settings

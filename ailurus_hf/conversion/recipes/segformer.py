@@ -377,4 +377,5 @@ RECIPE = Recipe(
     ),
     read=read_segformer,
     plan=plan_segformer,
+    relatives=("ailurus",),
 )

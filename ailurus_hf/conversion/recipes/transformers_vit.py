@@ -273,5 +273,5 @@ RECIPE = Recipe(
     signs=(Sign("config.json with a model_type of a plain ViT", lambda e: e.model_type in FAMILIES),),
     read=read_transformers,
     plan=plan_transformers,
-    relatives=("segformer",),
+    relatives=("segformer", "ailurus"),
 )
