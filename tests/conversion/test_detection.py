@@ -28,7 +28,6 @@ from tests.conversion.vit_files import HEADS, vit_tensors, write_timm
 from tests.factories import tiny_model, tiny_segformer
 from tests.paths import ROOT, golden
 
-
 OWN = [
     (model_type, name) for model_type in ("ailurus", "ailurus_segformer") for name in ARCHITECTURES[model_type].models
 ]
