@@ -281,6 +281,8 @@ def _label_settings(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
         id2label = {int(index): str(label) for index, label in dict(names).items()}
     except (TypeError, ValueError):
         raise ValueError(f"id2label must map class numbers to names, got {names!r}") from None
+    if num_labels == 1:  # one channel: the name is the foreground's, class 1
+        id2label = {0: id2label[max(id2label)]} if sorted(id2label) in ([0], [1], [0, 1]) else id2label
     if sorted(id2label) != list(range(num_labels)):
         raise ValueError(
             f"id2label must name the classes 0 to {num_labels - 1} of the checkpoint, got {_some(sorted(id2label))}"
@@ -295,7 +297,10 @@ def _save(
     skeleton.save_pretrained(
         folder, state_dict=dict(tensors), max_shard_size=max_shard_size, save_original_format=False
     )
-    AiluRusImageProcessor(**plan.processor).save_pretrained(folder)
+    processor = dict(plan.processor)
+    if skeleton.config.num_labels == 1 and hasattr(skeleton.config, "binary_threshold"):
+        processor["binary_threshold"] = skeleton.config.binary_threshold  # what pipelines ask for classes
+    AiluRusImageProcessor(**processor).save_pretrained(folder)
 
 
 def _card(report: ConversionReport, skeleton: PreTrainedModel, license: str) -> ModelCard:

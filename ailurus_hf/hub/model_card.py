@@ -141,7 +141,10 @@ def _title(source: CardSource | None, model_class: str) -> str:
 def _description(config: Any, source: CardSource | None, task: str) -> str:
     lines = list(architecture_of(config).card(config))
     if task != FEATURES:
-        lines.append(f"- Classes: {config.num_labels}.")
+        binary = task == TASKS[SEGMENTATION] and config.num_labels == 1
+        lines.append(
+            "- Classes: background and foreground, by one channel." if binary else f"- Classes: {config.num_labels}."
+        )
     if source is not None:
         origin = f"[{source.title}]({source.url})" if source.url else source.title
         lines.append(f"- Converted from {origin}: `{source.file_name}`, SHA-256 `{source.sha256}`.")

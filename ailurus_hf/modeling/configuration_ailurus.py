@@ -7,7 +7,7 @@ from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldVal
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
-from .settings import AdaptiveResolutionMixin, at_least, finite, odd, one_of
+from .settings import AdaptiveResolutionMixin, at_least, between_zero_and_one, finite, odd, one_of
 
 
 @strict
@@ -98,6 +98,8 @@ class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConf
         logits_resize: where an image is no whole number of patches: "crop" resizes the logits to the padded image and
             cuts the padding off (Segmenter), "squeeze" resizes them straight to the image (mmsegmentation).
         semantic_loss_ignore_index: label value that the segmentation loss leaves out.
+        binary_threshold: probability above which a pixel is foreground, class 1, in a segmentation model with
+            `num_labels=1`; see `label_maps.py`.
         palette: colour (red, green, blue) of every class in pictures, 0 to 255; None for a standard palette.
         window_size: side in pixels of the windows for sliding-window inference; None if the model takes whole images.
         window_stride: distance in pixels between windows; None means `window_size`.
@@ -143,6 +145,7 @@ class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConf
     decode_head: Any = None  # a configuration once constructed, from whatever was given
     logits_resize: str = validated_field(one_of("crop", "squeeze"), default="crop")
     semantic_loss_ignore_index: int = 255
+    binary_threshold: float = validated_field(between_zero_and_one, default=0.5)
     palette: list[list[int]] | tuple[tuple[int, int, int], ...] | None = None
     window_size: int | None = validated_field(at_least(1), default=None)
     window_stride: int | None = validated_field(at_least(1), default=None)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from .configuration_ailurus import AiluRusConfig
 from .configuration_ailurus_segformer import AiluRusSegformerConfig
+from .label_maps import binary_cross_entropy
 from .layers_ailurus import AiluRusLayer, LayerShape, map_to_tokens, tokens_to_map
 
 
@@ -15,12 +16,17 @@ def segmentation_loss(model: Any, logits: Tensor, labels: Tensor) -> Tensor:
     """The model's loss of logits (batch_size, num_labels, height, width) and labels (batch_size, height, width) int64,
     without the pixels labelled `config.semantic_loss_ignore_index`.
 
+    Cross entropy; with one channel binary cross entropy, as transformers' SegFormer has it: the sum over the pixels
+    that count, over the number of all pixels.
+
     Raises:
-        ValueError: the labels have another size.
+        ValueError: the labels have another size, or with one channel other values than 0 and 1.
     """
     expected = (logits.shape[0], *logits.shape[-2:])
     if labels.shape != expected:
         raise ValueError(f"labels must be (batch_size, height, width) = {expected}, got {tuple(labels.shape)}")
+    if model.config.num_labels == 1:
+        return binary_cross_entropy(logits, labels, model.config.semantic_loss_ignore_index)[0].mean()
     loss: Tensor = model.loss_function(logits, labels, ignore_index=model.config.semantic_loss_ignore_index)
     return loss
 
@@ -46,6 +52,11 @@ class AiluRusMaskTransformerHead(nn.Module):
 
     def __init__(self, config: AiluRusConfig):
         super().__init__()
+        if config.num_labels < 2:
+            raise ValueError(
+                "num_labels must be at least 2 for decode_head.type='mask_transformer', which normalises over the "
+                f"classes, got {config.num_labels}; set num_labels=2, or decode_head.type='linear'"
+            )
         size, head = config.hidden_size, config.decode_head
         shape = LayerShape(
             # One head per 64 channels, whatever the encoder has: the original's rule.

@@ -11,6 +11,8 @@ from transformers.image_utils import ChannelDimension, ImageInput, PILImageResam
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType
 
+from .label_maps import labels_of_logits
+
 IGNORE_LABEL = 255  # what label reduction turns the background into
 
 
@@ -19,9 +21,12 @@ class AiluRusImageProcessorKwargs(ImagesKwargs, total=False):
     do_reduce_labels (`bool`, *optional*, defaults to `self.do_reduce_labels`):
         Whether to subtract 1 from every label and turn 0 into 255: for data sets, such as ADE20K, whose label 0 is no
         class.
+    binary_threshold (`float`, *optional*, defaults to `self.binary_threshold`):
+        Probability above which a pixel is foreground, for models with one channel; as in the model's configuration.
     """
 
     do_reduce_labels: bool
+    binary_threshold: float
 
 
 class AiluRusImageProcessor(PilBackend):
@@ -41,6 +46,7 @@ class AiluRusImageProcessor(PilBackend):
     do_rescale = True
     do_normalize = True
     do_reduce_labels = False
+    binary_threshold = 0.5
     rescale_factor = 1 / 255
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
@@ -111,7 +117,8 @@ class AiluRusImageProcessor(PilBackend):
         """Label maps from logits.
 
         Args:
-            outputs: a model output with `logits` (batch_size, num_labels, height, width).
+            outputs: a model output with `logits` (batch_size, num_labels, height, width). Those of one channel are
+                class 1 where their sigmoid is above `binary_threshold`, else 0.
             target_sizes: (height, width) of each map in pixels; the logits are resized to it before the classes are
                 compared. None keeps their size.
 
@@ -123,12 +130,12 @@ class AiluRusImageProcessor(PilBackend):
         """
         logits = outputs.logits
         if target_sizes is None:
-            return list(logits.argmax(1))
+            return list(labels_of_logits(logits, self.binary_threshold))
         if len(target_sizes) != len(logits):
             raise ValueError(f"target_sizes must have one size per image, {len(logits)}, got {len(target_sizes)}")
         sizes = [tuple(int(side) for side in size) for size in target_sizes]
         return [
-            F.interpolate(image_logits[None], size=size, mode="bilinear")[0].argmax(0)
+            labels_of_logits(F.interpolate(image_logits[None], size=size, mode="bilinear")[0], self.binary_threshold)
             for image_logits, size in zip(logits, sizes, strict=True)
         ]
 

@@ -24,6 +24,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_ailurus import AiluRusConfig
 from .heads_segmentation import HEADS, AiluRusMaskTransformerHead, segmentation_loss
+from .label_maps import name_foreground
 from .layers_ailurus import (
     AiluRusLayer,
     AiluRusLayerScale,
@@ -361,6 +362,7 @@ class AiluRusForSemanticSegmentation(AiluRusPreTrainedModel):
     """AiluRus encoder with Segmenter's or SETR's head, see `config.decode_head`."""
 
     def __init__(self, config: AiluRusConfig):
+        name_foreground(config)
         super().__init__(config)
         self.ailurus = AiluRusModel(config)
         self.decode_head = HEADS[config.decode_head.type](config)

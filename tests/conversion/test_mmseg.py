@@ -4,21 +4,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import pipeline
 
 from ailurus_hf import AiluRusConfig, AiluRusForSemanticSegmentation, AiluRusImageProcessor
 from ailurus_hf.conversion import CheckpointError, CheckpointWarning, convert_checkpoint, engine
 from ailurus_hf.conversion.engine import check_rules_used, map_keys
 from ailurus_hf.conversion.reading.python_config import parse_config
+from ailurus_hf.conversion.reading.sources import read_tensors
 from ailurus_hf.conversion.recipe import Pictures
 from ailurus_hf.conversion.recipes import mmseg
 from ailurus_hf.conversion.recipes.mmseg import HEADS as HEAD_CLASSES
 from ailurus_hf.conversion.recipes.mmseg import mmseg_rules
-from ailurus_hf.evaluation import sliding_window_logits
-from tests.conversion.mmseg_files import CLASSES, CONFIG, HEADS, PALETTE, write_mmseg
+from ailurus_hf.evaluation import segment_image, sliding_window_logits
+from ailurus_hf.modeling.label_maps import class_names
+from tests.conversion.mmseg_files import CLASSES, CONFIG, HEADS, PALETTE, Mmseg, write_mmseg
 from tests.paths import golden
 
 TOLERANCE = 3e-5
@@ -235,6 +240,73 @@ class TestPictures:
         write_mmseg(tmp_path / "source", "linear", replaced=padded)
         with pytest.warns(CheckpointWarning, match="test_cfg pads pictures before the model sees them"):
             convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
+
+
+class TestOneChannel:
+    @staticmethod
+    def write(folder: Path, head: str, channels: str, classes: tuple[str, ...] = ("dry", "flood")) -> Mmseg:
+        """A head of one channel, on the layers of one with four."""
+        width = 10 if head in ("naive", "pup") else 24
+        tensors = {"decode_head.conv_seg.weight": torch.randn(1, width, 1, 1) * 0.3}
+        tensors["decode_head.conv_seg.bias"] = torch.tensor([-0.4])
+        # the auxiliary head has as many classes, so it is the head's that is replaced
+        old = {"naive": "in_index=2, num_classes=4", "linear": "concat_input=False, num_classes=4"}[head]
+        model = write_mmseg(folder, head, tensors=tensors, replaced={old: old.replace("num_classes=4", channels)})
+        content = read_tensors(folder / "iter_2.pth", objects=True)
+        content["meta"]["dataset_meta"] = {"classes": classes, "palette": [[1, 2, 3], [4, 5, 6]][-len(classes) :]}
+        torch.save({name: content[name] for name in ("meta", "state_dict")}, folder / "iter_2.pth")
+        model.decode_head.conv_seg = torch.nn.Conv2d(width, 1, 1)
+        model.decode_head.conv_seg.weight.data, model.decode_head.conv_seg.bias.data = tensors.values()
+        return model.eval()
+
+    @pytest.mark.parametrize(
+        ("channels", "classes", "threshold"),
+        [
+            ("num_classes=2, out_channels=1", ("dry", "flood"), 0.3),
+            ("num_classes=2, out_channels=1, threshold=0.45", ("dry", "flood"), 0.45),
+            ("num_classes=1", ("flood",), 0.3),
+            ("num_classes=1, threshold=None, out_channels=None", ("flood",), 0.3),
+        ],
+    )
+    @pytest.mark.parametrize("head", ["linear", "naive"])
+    @torch.no_grad()
+    def test_converts(
+        self, head: str, channels: str, classes: tuple[str, ...], threshold: float, tmp_path: Path
+    ) -> None:
+        source = self.write(tmp_path / "source", head, channels, classes)
+        report = convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
+        assert report.verification is not None
+        model = AiluRusForSemanticSegmentation.from_pretrained(tmp_path / "out", keep_ratio=1.0).eval()
+        processor = AiluRusImageProcessor.from_pretrained(tmp_path / "out")
+        assert class_names(model.config) == ["background", "flood"]
+        assert [list(colour) for colour in model.config.palette] == [[4, 5, 6]]
+        assert (model.config.binary_threshold, processor.binary_threshold) == (threshold, threshold)
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 59, 3), dtype=np.uint8))
+        logits = source(processor(image, return_tensors="pt")["pixel_values"])
+        expected = (logits[0, 0].sigmoid() > threshold).long()
+        assert 0 < expected.float().mean() < 1
+        found = segment_image(model, processor, image).labels
+        clear = (logits[0, 0].sigmoid() - threshold).abs() > 1e-4
+        assert np.array_equal(found[clear], expected[clear])
+        (background, foreground) = pipeline("image-segmentation", model=str(tmp_path / "out"))(image)
+        assert (background["label"], foreground["label"]) == ("background", "flood")
+
+    def test_masks_of_two_classes_are_two_channels(self, tmp_path: Path) -> None:
+        """Whatever `out_channels` says: the mask head has one for each class."""
+        replaced = {"num_classes=4, num_layers": "num_classes=4, out_channels=1, num_layers"}
+        write_mmseg(tmp_path / "source", "mask", replaced=replaced)
+        convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
+        assert AiluRusConfig.from_pretrained(tmp_path / "out").num_labels == 4
+
+    def test_names_that_the_user_gives(self, tmp_path: Path) -> None:
+        self.write(tmp_path / "source", "linear", "num_classes=1")
+        for number, names in enumerate(({"0": "water"}, {1: "water"}, {0: "land", 1: "water"})):
+            settings = {"id2label": names, "binary_threshold": 0.7}
+            convert_checkpoint("mmseg", tmp_path / "source", tmp_path / str(number), **settings)
+            assert class_names(AiluRusConfig.from_pretrained(tmp_path / str(number))) == ["background", "water"]
+            assert AiluRusImageProcessor.from_pretrained(tmp_path / str(number)).binary_threshold == 0.7
+        with pytest.raises(ValueError, match="id2label must name the classes 0 to 0"):
+            convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out", id2label={0: "a", 1: "b", 2: "c"})
 
 
 class TestKeys:

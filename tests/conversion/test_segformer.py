@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import interpolate
 from transformers import AutoModelForSemanticSegmentation, SegformerImageProcessorPil, ViTImageProcessorPil
 
 from ailurus_hf import AiluRusImageProcessor, AiluRusSegformerForSemanticSegmentation
 from ailurus_hf.conversion import CheckpointError, CheckpointWarning, convert_checkpoint, engine
 from ailurus_hf.conversion.engine import check_rules_used, map_keys
+from ailurus_hf.conversion.reading.sources import read_tensors
 from ailurus_hf.conversion.recipe import SourceCheckpoint
 from ailurus_hf.conversion.recipes import segformer
+from ailurus_hf.modeling.label_maps import class_names
 from tests.conversion.segformer_files import HEADS, ORIGINS, PICTURES, native, write_segformer
 from tests.paths import golden
 
@@ -188,6 +191,41 @@ def test_settings_of_openmmlabs_configs(origin: str, turned: bool, tmp_path: Pat
     config.upsample_logits = False
     found = model(processor(picture, return_tensors="pt")["pixel_values"]).logits
     assert (found - expected).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_one_channel(tmp_path: Path) -> None:
+    """transformers' binary SegFormer; its own post-processing calls every pixel class 0."""
+    source = native(num_labels=1, id2label={0: "flood"}, label2id={"flood": 0})
+    source.save_pretrained(tmp_path / "native")
+    report = convert_checkpoint("segformer", tmp_path / "native", tmp_path / "out")
+    assert report.verification is not None
+    model = AiluRusSegformerForSemanticSegmentation.from_pretrained(tmp_path / "out", keep_ratio=1).eval()
+    assert class_names(model.config) == ["background", "flood"]
+    images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 2, (2, 64, 64))
+    labels[0, :7] = 255
+    expected, found = (network(images, labels=labels) for network in (source, model))
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+    logits = interpolate(expected.logits, size=(64, 64), mode="bilinear")[:, 0]
+    maps = torch.stack(
+        AiluRusImageProcessor.from_pretrained(tmp_path / "out").post_process_semantic_segmentation(found)
+    )
+    assert torch.equal(maps[logits.abs() > 1e-4], (logits > 0).long()[logits.abs() > 1e-4])
+    assert 0 < maps.float().mean() < 1
+
+
+def test_one_channel_of_mmsegmentation(tmp_path: Path) -> None:
+    write_segformer(
+        tmp_path / "source", "mmseg", MODEL.replace("num_classes=5", "num_classes=1") + "\n" + PICTURES["mmseg"]
+    )
+    content = read_tensors(tmp_path / "source" / "iter_1.pth", objects=True)
+    content["state_dict"]["decode_head.conv_seg.weight"] = torch.randn(1, 24, 1, 1)
+    content["state_dict"]["decode_head.conv_seg.bias"] = torch.randn(1)
+    content["meta"]["dataset_meta"] = {"classes": ("dry", "flood")}
+    torch.save({name: content[name] for name in ("meta", "state_dict")}, tmp_path / "source" / "iter_1.pth")
+    convert_checkpoint("segformer", tmp_path / "source", tmp_path / "out")
+    config = AiluRusSegformerForSemanticSegmentation.from_pretrained(tmp_path / "out").config
+    assert (config.binary_threshold, class_names(config)) == (0.3, ["background", "flood"])
 
 
 @pytest.mark.parametrize("origin", ["nvlabs", "mmseg"])

@@ -469,6 +469,7 @@ class TestRefusals:
             (("net_kwargs", "n_heads"), 5, "num_attention_heads"),
             (("net_kwargs", "n_heads"), True, "n_heads"),
             (("net_kwargs", "n_cls"), -1, "n_cls"),
+            (("net_kwargs", "n_cls"), 1, "n_cls must be at least 2, got 1"),
             (("net_kwargs", "n_layers"), 10**9, "1000000000 layers, but .* holds 3 of them"),
             (("net_kwargs", "n_layers"), 2, "unexpected 12 keys"),
             (("net_kwargs", "distilled"), "yes", "distilled"),

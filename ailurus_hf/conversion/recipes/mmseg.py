@@ -26,7 +26,7 @@ from ..reading.sources import find_weights, license_of, read_tensors, tensors_of
 from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
 from ..references.mmseg import MmsegForward
 from ..rules import BATCH_NORM, PARAM, Drop, Flatten, Rename, Rule, SplitRows
-from .openmmlab import head_settings, label_settings, read_pictures, window_settings
+from .openmmlab import count_channels, head_settings, label_settings, read_pictures, window_settings
 from .timm_style import count_blocks
 
 __all__ = ["RECIPE", "mmseg_rules", "plan_mmseg", "read_mmseg"]
@@ -230,7 +230,9 @@ def _backbone_settings(checkpoint: SourceCheckpoint, backbone: Settings) -> dict
 
 def _head_settings(head: Settings) -> dict[str, Any]:
     kind = head.values["type"]
-    settings = {"decoder_type": HEADS[kind], "num_labels": head.integer("num_classes"), **head_settings(head)}
+    masks = kind == "SegmenterMaskTransformerHead"  # one mask for each class, whatever out_channels says
+    num_labels = head.integer("num_classes") if masks else count_channels(head)
+    settings = {"decoder_type": HEADS[kind], "num_labels": num_labels, **head_settings(head, num_labels)}
     if kind == "FCNHead":
         return settings
     if kind == "SETRUPHead":

@@ -13,7 +13,7 @@ from ..reading.settings import Settings, label_names
 from ..recipe import Pictures
 from ..references.pictures import Preprocessing
 
-__all__ = ["head_settings", "label_settings", "read_pictures", "window_settings"]
+__all__ = ["count_channels", "head_settings", "label_settings", "read_pictures", "window_settings"]
 
 RGB = 3  # channels that have an order to turn around
 DEFAULT_THRESHOLD = 0.3  # of BaseDecodeHead, for one channel
@@ -74,17 +74,36 @@ def window_settings(model: Settings) -> tuple[dict[str, int], tuple[str, ...]]:
     return {"window_size": size[0], "window_stride": stride[0]}, ()
 
 
-def head_settings(head: Settings) -> dict[str, Any]:
-    """Number of classes of the data set, channels of the logits, and what the loss leaves out.
+def count_channels(head: Settings) -> int:
+    """Channels of the logits: one is enough for two classes, where `out_channels` says so.
+
+    Raises:
+        CheckpointError: a setting is missing or of the wrong type.
+    """
+    return head.integer("num_classes" if head.values.get("out_channels") is None else "out_channels")
+
+
+def head_settings(head: Settings, num_labels: int) -> dict[str, Any]:
+    """What the loss leaves out and, with one channel, the threshold of the foreground.
 
     Raises:
         CheckpointError: a setting is of the wrong type.
     """
-    return {"semantic_loss_ignore_index": head.whole("ignore_index", 255)}
+    settings: dict[str, Any] = {"semantic_loss_ignore_index": head.whole("ignore_index", 255)}
+    if num_labels == 1:
+        stated = head.values.get("threshold") is not None
+        settings["binary_threshold"] = head.share("threshold", 0.0) if stated else DEFAULT_THRESHOLD
+    return settings
 
 
 def label_settings(labels: Mapping[str, Any], num_labels: int) -> dict[str, Any]:
-    """Class names and colours of the data set, where the checkpoint carries as many as it has classes."""
+    """Class names and colours of the data set, where the checkpoint carries as many as it has classes.
+
+    With one channel they are the foreground's, the second of two classes.
+    """
+    if num_labels == 1:
+        two = {name: values[1:] for name, values in labels.items() if _is_list(values, 2)}
+        labels = {**labels, **two}
     settings = label_names(labels.get("classes"), num_labels)
     palette: Any = labels.get("palette")
     if _is_list(palette, num_labels) and all(_is_list(colour, RGB) for colour in palette):

@@ -203,7 +203,7 @@ def plan_segformer(checkpoint: SourceCheckpoint) -> Plan:
     config |= {"num_attention_heads": heads, **EPS[origin], "decoder_type": "conv" if origin == "mmseg" else "linear"}
     native = _native_config(checkpoint.description["config.json"], heads)
     python = {**_python_settings(checkpoint), "labels": checkpoint.description["labels"]}
-    config |= _training_settings(native, python) | label_settings(
+    config |= _training_settings(native, python, config["num_labels"]) | label_settings(
         {**python["labels"], **_native_names(checkpoint.description, config["num_labels"])}, config["num_labels"]
     )
     model = Settings(python, "the config's ").section("model", default={})
@@ -334,8 +334,8 @@ def _python_settings(checkpoint: SourceCheckpoint) -> dict[str, Any]:
     return {}
 
 
-def _training_settings(native: SegformerConfig | None, python: Mapping[str, Any]) -> dict[str, Any]:
-    """Dropout, strides and what the loss leaves out."""
+def _training_settings(native: SegformerConfig | None, python: Mapping[str, Any], num_labels: int) -> dict[str, Any]:
+    """Dropout, strides, what the loss leaves out, and the threshold of one channel."""
     if native is not None:
         return {name: getattr(native, name) for name in NATIVE_SETTINGS}
     model = Settings(python, "the config's ").section("model", default={})
@@ -348,7 +348,7 @@ def _training_settings(native: SegformerConfig | None, python: Mapping[str, Any]
         "attention_probs_dropout_prob": backbone.share("attn_drop_rate", 0.0),
         "drop_path_rate": backbone.share("drop_path_rate", 0.1),
         "classifier_dropout_prob": head.share("dropout_ratio", 0.1),
-        **head_settings(head),
+        **head_settings(head, num_labels),
     }
 
 

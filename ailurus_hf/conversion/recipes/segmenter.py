@@ -132,11 +132,18 @@ def _encoder_config(net: Settings) -> dict[str, Any]:
         "image_size": _image_size(net),
         "patch_size": net.integer("patch_size"),
         "num_channels": net.integer("channels", default=3),
-        "num_labels": net.integer("n_cls"),
+        "num_labels": _num_labels(net),
         "use_distillation_token": net.flag("distilled", default=False),
         "position_interpolation": "bilinear",
         "position_resize_rule": "count",
     }
+
+
+def _num_labels(net: Settings) -> int:
+    number = net.integer("n_cls")
+    if number == 1:  # the original takes the largest of the classes' logits
+        raise CheckpointError(f"{net.where}n_cls must be at least 2, got 1: of one class every pixel is of that class")
+    return number
 
 
 def _decoder_config(decoder: Settings, net: Settings) -> dict[str, Any]:
