@@ -7,7 +7,7 @@ from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldVal
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
-from .settings import AdaptiveResolutionMixin, at_least, between_zero_and_one, finite, odd, one_of
+from .settings import AdaptiveResolutionMixin, at_least, between_zero_and_one, check_palette, finite, odd, one_of
 
 
 @strict
@@ -219,11 +219,7 @@ class AiluRusConfig(AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConf
             raise ValueError(f"pooling must be 'mean' or None when use_cls_token=False, got {self.pooling!r}")
         if self.use_distillation_classifier and not self.use_distillation_token:
             raise ValueError("use_distillation_classifier=True needs use_distillation_token=True")
-        if self.palette is not None and len(self.palette) != self.num_labels:
-            raise ValueError(
-                f"palette must have a colour for each of the num_labels={self.num_labels} classes, "
-                f"got {len(self.palette)}"
-            )
+        check_palette(self.palette, self.num_labels)
         if self.num_position_rows_before_patches > self.num_prefix_tokens:
             raise ValueError(
                 f"num_prefix_positions must be at most the number of prefix tokens {self.num_prefix_tokens}, "

@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict, validated_field
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
-from .settings import StageResolutionMixin, at_least, between_zero_and_one, one_of, positive
+from .settings import StageResolutionMixin, at_least, between_zero_and_one, check_palette, one_of, positive
 
 # Settings with one value per stage, besides `stage_keep_ratios`.
 _PER_STAGE = ("depths", "hidden_sizes", "num_attention_heads", "sr_ratios", "patch_sizes", "strides", "mlp_ratios")
@@ -152,11 +152,7 @@ class AiluRusSegformerConfig(StageResolutionMixin, BackboneConfigMixin, PreTrain
                     f"hidden_sizes must be multiples of num_attention_heads={tuple(self.num_attention_heads)}, got "
                     f"{tuple(self.hidden_sizes)}"
                 )
-        if self.palette is not None and len(self.palette) != self.num_labels:
-            raise ValueError(
-                f"palette must have a colour for each of the num_labels={self.num_labels} classes, "
-                f"got {len(self.palette)}"
-            )
+        check_palette(self.palette, self.num_labels)
         for stage in range(len(self.depths)):
             self.merged_blocks(stage)
 

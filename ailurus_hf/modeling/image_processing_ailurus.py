@@ -1,5 +1,6 @@
 """Image processor for AiluRus models. Needs Pillow and numpy, no torchvision."""
 
+from collections.abc import Mapping
 from typing import Any, Unpack
 
 import numpy as np
@@ -51,6 +52,10 @@ class AiluRusImageProcessor(PilBackend):
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
 
+    def __init__(self, **kwargs: Unpack[AiluRusImageProcessorKwargs]):
+        super().__init__(**kwargs)
+        _check_numbers(vars(self))
+
     def preprocess(
         self,
         images: ImageInput,
@@ -69,7 +74,7 @@ class AiluRusImageProcessor(PilBackend):
             width) int64.
 
         Raises:
-            ValueError: an image has NaN or infinite pixels.
+            ValueError: an image has NaN or infinite pixels, or a setting makes such pixels.
         """
         return super().preprocess(images, segmentation_maps, **kwargs)
 
@@ -83,6 +88,7 @@ class AiluRusImageProcessor(PilBackend):
         **kwargs: Any,
     ) -> BatchFeature:
         settings = {**kwargs, "return_tensors": None}
+        _check_numbers(settings)
         prepared = self._prepare_image_like_inputs(
             images=images, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format
         )
@@ -138,6 +144,22 @@ class AiluRusImageProcessor(PilBackend):
             labels_of_logits(F.interpolate(image_logits[None], size=size, mode="bilinear")[0], self.binary_threshold)
             for image_logits, size in zip(logits, sizes, strict=True)
         ]
+
+
+def _check_numbers(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that turn every picture into the same one, or into NaN.
+
+    Raises:
+        ValueError: a mean is not finite, or a standard deviation or the factor of rescaling is not finite and above 0.
+    """
+    for name, above_zero in (("image_mean", False), ("image_std", True), ("rescale_factor", True)):
+        value = settings.get(name)
+        try:
+            numbers = np.asarray(0.5 if value is None else value, dtype=np.float64)
+        except (TypeError, ValueError):
+            numbers = np.array(np.nan)
+        if not np.isfinite(numbers).all() or (above_zero and (numbers <= 0).any()):
+            raise ValueError(f"{name} must be finite{' and above 0' if above_zero else ''}, got {value!r}")
 
 
 __all__ = ["AiluRusImageProcessor"]

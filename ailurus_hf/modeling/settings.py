@@ -81,6 +81,23 @@ def _known_grouping(value: str) -> None:
         )
 
 
+def check_palette(palette: Any, num_labels: int) -> None:
+    """Check that there is a colour for each class, of three whole numbers from 0 to 255; None passes.
+
+    Raises:
+        ValueError: there is not.
+    """
+    if palette is None:
+        return
+    if len(palette) != num_labels:
+        raise ValueError(
+            f"palette must have a colour for each of the num_labels={num_labels} classes, got {len(palette)}"
+        )
+    for colour in palette:
+        if len(colour) != 3 or not all(value == int(value) and 0 <= value <= 255 for value in colour):
+            raise ValueError(f"palette must hold colours of three whole numbers from 0 to 255, got {list(colour)}")
+
+
 def resolve_num_groups(num_tokens: int, keep_ratio: float = 0.5, num_clusters: int | None = None) -> int:
     """Number of groups M for an image of `num_tokens` patch tokens.
 

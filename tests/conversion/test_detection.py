@@ -15,6 +15,7 @@ import ailurus_hf
 from ailurus_hf import AiluRusConfig, AiluRusForSemanticSegmentation, AiluRusImageProcessor
 from ailurus_hf.cli.app import main
 from ailurus_hf.cli.convert import convert
+from ailurus_hf.cli.loading import load_model
 from ailurus_hf.conversion import CheckpointError, convert_checkpoint
 from ailurus_hf.conversion.detection import recognise
 from ailurus_hf.conversion.recipe import Evidence
@@ -274,6 +275,18 @@ class TestAilurus:
         config.write_text(json.dumps(settings | {"architectures": ["Other"]}))
         with pytest.raises(CheckpointError, match="architectures must name one of"):
             convert_checkpoint("ailurus", tmp_path / "in", tmp_path / "out")
+        for names in ([1], "AiluRusModel", 5, [["AiluRusModel"]], [None]):
+            config.write_text(json.dumps(settings | {"architectures": names}))
+            with pytest.raises(CheckpointError, match="architectures must be a list of class names"):
+                convert_checkpoint("ailurus", tmp_path / "in", tmp_path / "out")
+            with pytest.raises(CheckpointError, match="architectures must be a list of class names"):
+                load_model(tmp_path / "in")
+        for change in ({"num_hidden_layers": 10**9}, {"decode_head": {"num_layers": 10**9}}):
+            config.write_text(json.dumps(settings | change))
+            with pytest.raises(
+                CheckpointError, match="the settings give the model 1000000000 layers, but there are 72"
+            ):
+                convert_checkpoint("ailurus", tmp_path / "in", tmp_path / "out")
         config.write_text(json.dumps(settings | {"model_type": "vit"}))
         with pytest.raises(CheckpointError, match="'ailurus' or 'ailurus_segformer', got 'vit'"):
             convert_checkpoint("ailurus", tmp_path / "in", tmp_path / "out")

@@ -165,6 +165,21 @@ class TestSettings:
         dropped = convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out").dropped
         assert set(dropped) == {"auxiliary_head.0.conv_seg.weight", "decode_head.conv_seg.bias"}
 
+    def test_names_and_colours_of_the_file(self, tmp_path: Path) -> None:
+        write_mmseg(tmp_path / "source", "linear")
+        content = read_tensors(tmp_path / "source" / "iter_2.pth", objects=True)
+        content = {name: content[name] for name in ("meta", "state_dict")}
+        content["meta"]["dataset_meta"] = {"classes": ("a", "", "c", "a")}
+        torch.save(content, tmp_path / "source" / "iter_2.pth")
+        with pytest.warns(CheckpointWarning) as caught:
+            convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
+        said = [str(warning.message) for warning in caught]
+        assert said == ["no name for class 1; set them with --labels", "several classes have the name a"]
+        content["meta"]["dataset_meta"] = {"classes": CLASSES, "palette": [[0, 0, 300]] * 4}
+        torch.save(content, tmp_path / "source" / "iter_2.pth")
+        with pytest.raises(ValueError, match="palette must hold colours of three whole numbers from 0 to 255"):
+            convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "other")
+
     def test_a_config_beside_the_checkpoint(self, tmp_path: Path) -> None:
         source = write_mmseg(tmp_path / "source", "linear")
         torch.save({"state_dict": source.names()}, tmp_path / "source" / "iter_2.pth")

@@ -183,6 +183,8 @@ def test_state_dict_is_the_entry_or_the_whole() -> None:
         ({"model": {"a": 1}}, "a must be a tensor, got int"),
         ({"model": {1: torch.ones(1)}}, "names must be strings"),
         ({"model": {"a": torch.ones(1, dtype=torch.int64)}}, "floating-point"),
+        ({"model": {"a": torch.ones(1, dtype=torch.int8)}}, "floating-point tensor, got torch.int8"),
+        ({"model": {"a": torch.ones(1).to(torch.float8_e4m3fn)}}, "floating-point tensor, got torch.float8_e4m3fn"),
         ({"model": {"bn.num_batches_tracked": torch.ones(1, dtype=torch.bool)}}, "floating-point"),
         ({"model": {"a": torch.ones(2, 2).to_sparse()}}, "dense"),
         ({"model": {"a": torch.ones(1, device="meta")}}, "dense"),

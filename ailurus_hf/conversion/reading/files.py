@@ -29,6 +29,7 @@ __all__ = [
     "strip_common_prefix",
 ]
 
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # the 8-bit ones come with scales of their own
 _COUNTER = ".num_batches_tracked"
 _MAX_YAML_BYTES = 1_000_000  # the parser is slow and recursive; a settings file has some kilobytes
 _MAX_VALUES = 100_000
@@ -161,7 +162,7 @@ def _check_tensor(key: Any, tensor: Any, path: Path) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise CheckpointError(f"{path}: {key} must be a tensor, got {type(tensor).__name__}")
     # BatchNorm counts its batches: the one tensor of a vision transformer's decoder that is a whole number.
-    right_dtype = tensor.is_floating_point() or (key.endswith(_COUNTER) and tensor.dtype == torch.int64)
+    right_dtype = tensor.dtype in _FLOATS or (key.endswith(_COUNTER) and tensor.dtype == torch.int64)
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or not right_dtype:
         raise CheckpointError(f"{path}: {key} must be a dense floating-point tensor, got {tensor.dtype}")
 

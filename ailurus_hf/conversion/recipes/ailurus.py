@@ -11,7 +11,7 @@ from ...modeling.image_processing_ailurus import AiluRusImageProcessor
 from ...registry import ARCHITECTURES
 from ...utils.errors import CheckpointError
 from ..reading.files import state_dict_of
-from ..reading.settings import config_of
+from ..reading.settings import config_of, model_class_names
 from ..reading.sources import license_of, read_json_beside, read_tensors
 from ..recipe import Plan, Preprocess, Recipe, Reference, Sign, SourceCheckpoint
 from ..rules import Rename
@@ -44,8 +44,8 @@ def plan_ailurus(checkpoint: SourceCheckpoint) -> Plan:
         CheckpointError: `config.json` names no model of this package.
     """
     row = ARCHITECTURES[checkpoint.description["model_type"]]
-    names = checkpoint.description.get("architectures") or [None]
-    if names[0] not in row.models:
+    names = model_class_names(checkpoint.description)
+    if not names or names[0] not in row.models:
         raise CheckpointError(f"config.json: architectures must name one of {', '.join(row.models)}, got {names!r}")
     auto_class = row.models[names[0]]
     config = _settings(checkpoint, row)
@@ -66,7 +66,7 @@ def plan_ailurus(checkpoint: SourceCheckpoint) -> Plan:
 
 def _settings(checkpoint: SourceCheckpoint, row: Architecture) -> dict[str, Any]:
     """The fields that the file has, and those that the engine would otherwise choose itself."""
-    config = config_of(row.load("AutoConfig"), checkpoint.description)
+    config = config_of(row.load("AutoConfig"), checkpoint.description, len(checkpoint.tensors))
     # config.json may leave out defaults; those named below are read before a config is made of the rest
     written = {name: value for name, value in checkpoint.description.items() if name not in _NOT_FIELDS}
     return {

@@ -201,7 +201,7 @@ def plan_segformer(checkpoint: SourceCheckpoint) -> Plan:
     config = _sizes(rules, checkpoint)
     heads, notes = _heads(checkpoint)
     config |= {"num_attention_heads": heads, **EPS[origin], "decoder_type": "conv" if origin == "mmseg" else "linear"}
-    native = _native_config(checkpoint.description["config.json"], heads)
+    native = _native_config(checkpoint, heads)
     python = {**_python_settings(checkpoint), "labels": checkpoint.description["labels"]}
     config |= _training_settings(native, python, config["num_labels"]) | label_settings(
         {**python["labels"], **_native_names(checkpoint.description, config["num_labels"])}, config["num_labels"]
@@ -227,11 +227,12 @@ def plan_segformer(checkpoint: SourceCheckpoint) -> Plan:
     )
 
 
-def _native_config(settings: Mapping[str, Any], heads: list[int]) -> SegformerConfig | None:
+def _native_config(checkpoint: SourceCheckpoint, heads: list[int]) -> SegformerConfig | None:
     """transformers' configuration; `None` where its `config.json` is not there."""
+    settings = checkpoint.description["config.json"]
     if settings.get("model_type") != "segformer":
         return None
-    return config_of(SegformerConfig, {**settings, "num_attention_heads": heads})
+    return config_of(SegformerConfig, {**settings, "num_attention_heads": heads}, len(checkpoint.tensors))
 
 
 def _reference(origin: str, native: SegformerConfig | None, config: Mapping[str, Any]) -> Reference | None:

@@ -22,7 +22,7 @@ from ..recipe import Pictures, Plan, Recipe, Sign, SourceCheckpoint
 from ..references.pictures import Preprocessing
 from ..references.segmenter import SegmenterForward
 from ..rules import PARAM, Drop, Rename, Rule, Transpose
-from .timm_style import IMAGENET, block_rules, count_blocks
+from .timm_style import IMAGENET, block_rules
 
 __all__ = ["RECIPE", "plan_segmenter", "read_segmenter", "segmenter_rules"]
 
@@ -101,7 +101,6 @@ def plan_segmenter(checkpoint: SourceCheckpoint) -> Plan:
     net = variant.section("net_kwargs")
     config = _encoder_config(net) | _decoder_config(net.section("decoder"), net)
     config |= _window_config(variant)
-    _check_number_of_blocks(checkpoint, config)
     pictures = _pictures(variant, net)
     rules = segmenter_rules(config["decoder_type"], config["use_distillation_token"])
     reference = SegmenterForward(config)
@@ -171,16 +170,6 @@ def _window_config(variant: Settings) -> dict[str, int]:
     """Size and stride of the sliding windows, in pixels, where the variant has them."""
     inference = variant.section("inference_kwargs", default={})
     return {name: inference.integer(name) for name in ("window_size", "window_stride") if name in inference.values}
-
-
-def _check_number_of_blocks(checkpoint: SourceCheckpoint, config: Mapping[str, Any]) -> None:
-    """Refuse an absurd number of layers before a model of that depth is built."""
-    for part, layers in (("encoder", config["num_hidden_layers"]), ("decoder", config.get("decoder_num_layers", 0))):
-        found = count_blocks(checkpoint.tensors, f"{part}.blocks.{{layer}}") if layers else 0
-        if layers > found:
-            raise CheckpointError(
-                f"variant.yml gives the {part} {layers} layers, but {checkpoint.weights_path} holds {found} of them"
-            )
 
 
 def _pictures(variant: Settings, net: Settings) -> Pictures:

@@ -149,7 +149,8 @@ def plan_transformers(checkpoint: SourceCheckpoint) -> Plan:
         CheckpointError: a setting is not valid or not supported.
     """
     family = FAMILIES[checkpoint.description["model_type"]]
-    native = config_of(CONFIG_MAPPING[checkpoint.description["model_type"]], checkpoint.description)
+    config_class = CONFIG_MAPPING[checkpoint.description["model_type"]]
+    native = config_of(config_class, checkpoint.description, len(checkpoint.tensors))
     known = [name for name in CLASSES if name is not None and family.native_class(name) is not None]
     classifier = next((name for name in known if f"{name}.weight" in checkpoint.tensors), None)
     config = _settings(native, family) | _label_settings(checkpoint, native, family, classifier)
