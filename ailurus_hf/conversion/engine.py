@@ -273,7 +273,7 @@ def _build_skeleton(plan: Plan, settings: Mapping[str, Any], num_tensors: int) -
     try:
         with torch.device("meta"):
             return plan.model_class(config)
-    except RuntimeError as error:  # a tensor whose size no number holds
+    except (RuntimeError, ValueError) as error:  # a tensor whose size no number holds; a head that refuses its settings
         raise CheckpointError(f"no model can be made of the settings: {str(error).splitlines()[0]}") from error
 
 

@@ -19,11 +19,12 @@ class AiluRusDecodeHeadConfig(PreTrainedConfig):
             head with one layer and kernel size 1).
         num_layers: layers of the mask transformer, or convolutions of progressive upsampling.
         num_attention_heads: heads of the mask transformer; None means one per 64 channels.
-        intermediate_size: width of its MLP; None means four times that of the tokens.
+        intermediate_size: width of its MLP; None means four times that of its tokens.
         layer_norm_eps: epsilon of the head's LayerNorms; None means the encoder's.
         dropout_prob: dropout of the mask transformer's residual branches, or of whole channels before the classifier of
             progressive upsampling.
-        hidden_size: channels of the convolutions of progressive upsampling; None means the width of the tokens.
+        hidden_size: width of the mask transformer's tokens, or channels of the convolutions of progressive upsampling;
+            None means the width of the encoder's tokens.
         kernel_size: side of their kernels, odd.
         upscale: factor by which the map grows after each of them.
     """

@@ -57,15 +57,22 @@ class AiluRusMaskTransformerHead(nn.Module):
                 "num_labels must be at least 2 for decode_head.type='mask_transformer', which normalises over the "
                 f"classes, got {config.num_labels}; set num_labels=2, or decode_head.type='linear'"
             )
-        size, head = config.hidden_size, config.decode_head
+        head = config.decode_head
+        size = head.hidden_size or config.hidden_size
         shape = LayerShape(
+            hidden_size=size,
             # One head per 64 channels, whatever the encoder has: the original's rule.
             num_attention_heads=head.num_attention_heads or max(size // 64, 1),
             intermediate_size=head.intermediate_size or 4 * size,
             layer_norm_eps=head.layer_norm_eps or config.layer_norm_eps,
             dropout=head.dropout_prob,
         )
-        self.projection = nn.Linear(size, size)
+        if size % shape.num_attention_heads:
+            raise ValueError(
+                f"decode_head.hidden_size must be a multiple of its num_attention_heads={shape.num_attention_heads}, "
+                f"got {size}"
+            )
+        self.projection = nn.Linear(config.hidden_size, size)
         self.class_tokens = nn.Parameter(torch.zeros(1, config.num_labels, size))
         self.layers = nn.ModuleList(AiluRusLayer(config, shape) for _ in range(head.num_layers))
         self.layernorm = nn.LayerNorm(size, eps=shape.layer_norm_eps)

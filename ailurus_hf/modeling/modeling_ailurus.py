@@ -305,6 +305,7 @@ class AiluRusModel(AiluRusPreTrainedModel):
 
 def _encoder_shape(config: AiluRusConfig, index: int) -> LayerShape:
     return LayerShape(
+        hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
         intermediate_size=config.intermediate_size,
         layer_norm_eps=config.layer_norm_eps,

@@ -58,6 +58,18 @@ class TestLogits:
         if head in ("naive", "pup"):
             assert {int(norm.num_batches_tracked) for norm in model.decode_head.batch_norms} == {1234}
 
+    @pytest.mark.parametrize("width", [16, 40])
+    @torch.no_grad()
+    def test_a_mask_head_of_another_width(self, width: int, tmp_path: Path) -> None:
+        """Narrower than the encoder's 24 channels, or wider."""
+        source = write_mmseg(tmp_path / "source", "mask", head_width=width)
+        report = convert_checkpoint("auto", tmp_path / "source", tmp_path / "out")
+        assert report.verification is not None
+        model = AiluRusForSemanticSegmentation.from_pretrained(tmp_path / "out", keep_ratio=1.0).eval()
+        assert (model.config.hidden_size, model.config.decode_head.hidden_size) == (24, width)
+        images = torch.randn(2, 3, 37, 59)
+        assert (model(images).logits - source(images)).abs().max() <= TOLERANCE
+
     @pytest.mark.parametrize("head", ["mask", "linear"])
     @torch.no_grad()
     def test_without_patch_bias_and_last_norm(self, head: str, tmp_path: Path) -> None:
@@ -429,6 +441,11 @@ class TestRefusals:
             ("naive", {"out_indices=(0, 1, 2)": "out_indices=(0, -1)"}, "out_indices must name the last layer"),
             ("naive", {"align_corners=False": "align_corners=True"}, "align_corners must be False"),
             ("naive", {"num_convs=1": "num_convs=2"}, r"missing 6 keys .*up_convs\.1\.0\.conv\.weight|unexpected"),
+            (
+                "mask",
+                {"num_heads=2, embed_dims": "num_heads=5, embed_dims"},
+                "multiple of its num_attention_heads=5, got 24",
+            ),
             ("naive", {"num_convs=1": "num_convs=0"}, "num_convs must be a whole number above 0, got 0"),
             ("naive", {"up_scale=4": "up_scale=1.5"}, "up_scale must be a whole number above 0, got 1.5"),
             ("naive", {"kernel_size=1": "kernel_size=2"}, "kernel_size must be 1 or 3, got 2"),

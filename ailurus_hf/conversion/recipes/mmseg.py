@@ -246,6 +246,7 @@ def _head_settings(head: Settings) -> dict[str, Any]:
         }
     embed_dims = head.integer("embed_dims", 768)
     return settings | {
+        "decoder_hidden_size": embed_dims,
         "decoder_num_layers": head.integer("num_layers"),
         "decoder_num_attention_heads": head.integer("num_heads"),
         "decoder_intermediate_size": head.integer("mlp_ratio", 4) * embed_dims,
