@@ -61,6 +61,13 @@ def convert(
         str | None,
         typer.Option(help="Licence of the weights, for the model card.", show_default="what the source says"),
     ] = None,
+    entry: Annotated[
+        str | None,
+        typer.Option(
+            help="Entry of the file that holds the weights, where it holds several, such as state_dict_ema.",
+            show_default="the one that is not averaged; of DINO and DINOv2 the teacher",
+        ),
+    ] = None,
     assignments: Annotated[
         list[str] | None,
         typer.Option(
@@ -98,6 +105,7 @@ def convert(
                 verify=verify,
                 dry_run=dry_run,
                 license=license,
+                entry=entry,
                 progress=progress,
                 **{key: value for key, value in settings.items() if value is not None},
             )

@@ -63,6 +63,7 @@ def convert_checkpoint(
     verify: bool = True,
     dry_run: bool = False,
     license: str | None = None,
+    entry: str | None = None,
     progress: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> ConversionReport:
@@ -84,6 +85,8 @@ def convert_checkpoint(
         dry_run: check everything and return the report, but write nothing.
         license: licence of the weights for the model card, an identifier that the Hugging Face Hub knows; by default
             what the source says, else "unknown".
+        entry: name of the weights' entry in the file, where it holds several, such as "state_dict_ema"; by default the
+            one that is not averaged (of DINO and DINOv2 the teacher).
         progress: called with a short text at each step.
         settings: fields of the model's configuration to set: `keep_ratio`, `cluster_layer` (default: 2, or
             less when the model is too shallow), `id2label`, ...
@@ -102,12 +105,12 @@ def convert_checkpoint(
     _check_output(output, source, overwrite)
     tell(f"reading {source}")
     recipe, weights, recognised = choose_recipe(recipe, source)
-    checkpoint = replace(RECIPES[recipe].read(weights), overrides=settings)
+    checkpoint = replace(RECIPES[recipe].read(weights, entry), overrides=settings)
     plan = RECIPES[recipe].plan(checkpoint)
     tell(f"mapping {len(checkpoint.tensors)} tensors")
     skeleton = _build_skeleton(plan, settings, len(checkpoint.tensors))
     processor = _image_processor(plan, skeleton)
-    plan = replace(plan, notes=plan.notes + _label_notes(skeleton.config, plan))
+    plan = replace(plan, notes=checkpoint.notes + plan.notes + _label_notes(skeleton.config, plan))
     mappings = map_keys(plan.rules, checkpoint.tensors)
     tensors = _convert_tensors(plan, checkpoint, mappings, skeleton, target_dtype)
     not_finite = [m.source for m in mappings if not all(tensors[name].isfinite().all() for name in m.targets)]

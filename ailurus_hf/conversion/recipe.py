@@ -26,7 +26,7 @@ class Evidence:
     """What a source shows of itself.
 
     Args:
-        tensors: shapes of its tensors by name, a `module.` prefix removed.
+        tensors: shapes of its tensors by name, without what stands before every name.
         container: keys of the file's outer dictionary, where the tensors are inside one of its entries.
         config: the `config.json` beside the weights, or nothing.
     """
@@ -66,14 +66,16 @@ class SourceCheckpoint:
 
     Args:
         weights_path: the file the tensors come from.
-        tensors: its tensors by name, on the CPU, a `module.` prefix removed.
+        tensors: its tensors by name, on the CPU, without what stands before every name.
         description: the settings stored beside them.
+        notes: oddities of the file that the user should know.
         overrides: what the user asked for; a recipe may need it where neither file tells (number of heads, ...).
     """
 
     weights_path: Path
     tensors: Mapping[str, torch.Tensor]
     description: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -135,7 +137,8 @@ class Recipe:
         url: where its code lives.
         citation: BibTeX of its paper.
         signs: what it is recognised by.
-        read: reads the weights found, and the settings in or beside them, safely.
+        read: reads the weights found, and the settings in or beside them, safely; of a file with several entries of
+            weights the one that the user names.
         plan: makes the plan.
         find: finds the weights: a file, in a folder or (where that makes sense) under a name on the Hub.
         relatives: recipes for sources that look alike, such as other model families of the same project; a source of
@@ -146,7 +149,7 @@ class Recipe:
     url: str = ""
     citation: str = ""
     signs: tuple[Sign, ...]
-    read: Callable[[Path], SourceCheckpoint]
+    read: Callable[[Path, str | None], SourceCheckpoint]
     plan: Callable[[SourceCheckpoint], Plan]
     find: Callable[[str | Path], Path] = find_weights
     relatives: tuple[str, ...] = ()

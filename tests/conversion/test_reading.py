@@ -200,6 +200,11 @@ def test_only_a_common_prefix_is_stripped() -> None:
     one, two = torch.ones(1), torch.ones(2)
     assert strip_common_prefix({"module.a": one, "module.b": two}) == {"a": one, "b": two}
     assert strip_common_prefix({"module.a": one, "b": two}) == {"module.a": one, "b": two}
+    for prefix in ("_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "model.module.model."):
+        assert strip_common_prefix({f"{prefix}a": one, f"{prefix}b.module.c": two}) == {"a": one, "b.module.c": two}
+    assert strip_common_prefix({"module.model.a": one, "module.b": two}) == {"model.a": one, "b": two}
+    assert strip_common_prefix({"modules.a": one}) == {"modules.a": one}
+    assert strip_common_prefix({}) == {}
 
 
 def test_sha256() -> None:

@@ -13,8 +13,9 @@ from transformers import AutoImageProcessor
 
 import ailurus_hf
 from ailurus_hf import AiluRusConfig
-from ailurus_hf.conversion import CheckpointError, convert_checkpoint
+from ailurus_hf.conversion import CheckpointError, CheckpointWarning, convert_checkpoint
 from ailurus_hf.conversion.engine import check_rules_used, map_keys
+from ailurus_hf.conversion.reading.sources import find_weights
 from ailurus_hf.conversion.recipes.timm_style import TimmParts, encoder_rules
 from tests.conversion.vit_files import HEADS, vit_tensors, write_timm
 from tests.paths import golden
@@ -166,7 +167,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # parts, of
 class TestTimm:
     @pytest.mark.parametrize("name", VARIANTS)
     def test_variants(self, name: str, tmp_path: Path) -> None:
-        """Compared with the formulas written out in `vit_reference`, at the trained size and at another."""
+        """Compared with the formulas written out in `references/vit.py`, at the trained size and at another."""
         parts, shape, arguments = VARIANTS[name]
         source = write_timm(tmp_path / "source", vit_tensors(parts, **shape), **arguments)
         report = convert_checkpoint("timm", source, tmp_path / "out")
@@ -236,6 +237,76 @@ class TestTimm:
         with pytest.raises(CheckpointError, match="10 rows for patches, which is no square grid; add --set image_size"):
             convert_checkpoint("timm", tmp_path / "x.pth", tmp_path / "out", num_attention_heads=HEADS)
         convert_checkpoint("timm", tmp_path / "x.pth", tmp_path / "out", num_attention_heads=HEADS, image_size=[16, 40])
+
+
+# what stands before the names of a file, and the entry it is in
+WRAPPED = ["module.", "_orig_mod.", "module._orig_mod.", "model.", "_orig_mod.module."]
+
+
+class TestTrainingFiles:
+    """What timm's training script and its like write: wrappers before the names, arguments, averaged weights."""
+
+    @pytest.mark.parametrize("prefix", WRAPPED)
+    @pytest.mark.parametrize("recipe", ["timm", "auto"])
+    def test_wrappers(self, recipe: str, prefix: str, tmp_path: Path) -> None:
+        tensors = {prefix + name: tensor for name, tensor in vit_tensors("cls_token norm qkv_bias head").items()}
+        content = {"epoch": 3, "arch": "vit", "args": Namespace(lr=0.1), "state_dict": tensors}
+        (tmp_path / "source").mkdir()
+        torch.save(content, tmp_path / "source" / "model_best.pth.tar")
+        report = convert_checkpoint(recipe, tmp_path / "source", tmp_path / "out", num_attention_heads=HEADS)
+        assert report.recipe == "timm"
+        assert report.verification is not None
+        weights = load_file(tmp_path / "out" / "model.safetensors")
+        assert torch.equal(weights["ailurus.embeddings.cls_token"], tensors[f"{prefix}cls_token"])
+
+    @pytest.mark.parametrize("prefix", WRAPPED)
+    @pytest.mark.parametrize(("recipe", "entry"), [("dino", "teacher"), ("mae", "model"), ("dinov2", "teacher")])
+    def test_wrappers_of_other_projects(self, recipe: str, entry: str, prefix: str, tmp_path: Path) -> None:
+        parts = "cls_token norm qkv_bias" + (" ls mask_token" if recipe == "dinov2" else "")
+        tensors = {prefix + name: tensor for name, tensor in vit_tensors(parts).items()}
+        torch.save({entry: tensors}, tmp_path / "x.pth")
+        report = convert_checkpoint(recipe, tmp_path / "x.pth", tmp_path / "out", num_attention_heads=HEADS)
+        assert report.verification is not None
+
+    @pytest.mark.parametrize(("entry", "twin"), [("state_dict", "state_dict_ema"), ("model", "model_ema")])
+    def test_weights_that_are_there_twice(self, entry: str, twin: str, tmp_path: Path) -> None:
+        tensors, averaged = vit_tensors(), {f"module.{name}": tensor for name, tensor in vit_tensors(seed=1).items()}
+        torch.save({entry: tensors, twin: averaged, "args": Namespace(lr=0.1)}, tmp_path / "x.pth")
+        said = f"holds weights in '{entry}' and '{twin}'; '{entry}' was taken, entry='{twin}' .--entry {twin}. takes"
+        with pytest.warns(CheckpointWarning, match=said):
+            convert_checkpoint("timm", tmp_path / "x.pth", tmp_path / "out", num_attention_heads=HEADS)
+        convert_checkpoint("timm", tmp_path / "x.pth", tmp_path / "ema", num_attention_heads=HEADS, entry=twin)
+        first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "ema"))
+        assert torch.equal(first["embeddings.cls_token"], tensors["cls_token"])
+        assert torch.equal(second["embeddings.cls_token"], averaged["module.cls_token"])
+
+    def test_averaged_weights_alone(self, tmp_path: Path) -> None:
+        torch.save({"state_dict_ema": vit_tensors(), "state_dict": 1}, tmp_path / "x.pth")
+        convert_checkpoint("timm", tmp_path / "x.pth", tmp_path / "out", num_attention_heads=HEADS)
+
+    def test_an_entry_that_is_not_there(self, tmp_path: Path) -> None:
+        torch.save({"model": vit_tensors(), "epoch": 1}, tmp_path / "x.pth")
+        with pytest.raises(CheckpointError, match="no entry 'model_ema' with tensors; its entries are 'model'"):
+            convert_checkpoint("timm", tmp_path / "x.pth", tmp_path / "out", entry="model_ema")
+
+    def test_the_student_of_dino_is_an_entry_too(self, tmp_path: Path) -> None:
+        teacher, student = (vit_tensors(prefix="backbone.", seed=seed) for seed in (0, 1))
+        torch.save({"teacher": teacher, "student": student}, tmp_path / "x.pth")
+        settings = {"num_attention_heads": HEADS, "entry": "student"}
+        convert_checkpoint("dino", tmp_path / "x.pth", tmp_path / "out", **settings)
+        weights = load_file(tmp_path / "out" / "model.safetensors")
+        assert torch.equal(weights["embeddings.cls_token"], student["backbone.cls_token"])
+
+    def test_folders_of_runs(self, tmp_path: Path) -> None:
+        for name in ("last.pth.tar", "model_best.pth.tar", "checkpoint-9.pth.tar"):
+            (tmp_path / name).touch()
+        assert find_weights(tmp_path).name == "model_best.pth.tar"
+        (tmp_path / "model_best.pth.tar").unlink()
+        with pytest.raises(FileNotFoundError, match=r"which holds checkpoint-9\.pth\.tar, last\.pth\.tar"):
+            find_weights(tmp_path)
+        (tmp_path / "last.pth.tar").unlink()
+        (tmp_path / "data.tar").touch()
+        assert find_weights(tmp_path).name == "checkpoint-9.pth.tar"
 
 
 class TestDinov2:

@@ -12,7 +12,7 @@ from ...registry import ARCHITECTURES
 from ...utils.errors import CheckpointError
 from ..reading.files import state_dict_of
 from ..reading.settings import config_of, model_class_names
-from ..reading.sources import license_of, read_json_beside, read_tensors
+from ..reading.sources import choose_entry, license_of, read_json_beside, read_tensors
 from ..recipe import Plan, Preprocess, Recipe, Reference, Sign, SourceCheckpoint
 from ..rules import Rename
 
@@ -22,7 +22,7 @@ RULES = (Rename("{name:*}", "{name}"),)
 _NOT_FIELDS = ("architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version")
 
 
-def read_ailurus(weights: Path) -> SourceCheckpoint:
+def read_ailurus(weights: Path, entry: str | None = None) -> SourceCheckpoint:
     """Read `config.json` and the weights beside it.
 
     Raises:
@@ -34,7 +34,9 @@ def read_ailurus(weights: Path) -> SourceCheckpoint:
         allowed = " or ".join(map(repr, ARCHITECTURES))
         found = description.get("model_type")
         raise CheckpointError(f"{weights.parent / 'config.json'}: model_type must be {allowed}, got {found!r}")
-    return SourceCheckpoint(weights, state_dict_of(read_tensors(weights), weights, "state_dict"), description)
+    content = read_tensors(weights)
+    entry, notes = choose_entry(content, weights, ("state_dict",), entry)
+    return SourceCheckpoint(weights, state_dict_of(content, weights, entry), description, notes)
 
 
 def plan_ailurus(checkpoint: SourceCheckpoint) -> Plan:

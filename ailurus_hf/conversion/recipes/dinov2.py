@@ -61,7 +61,7 @@ RECIPE = Recipe(
             ),
         ),
     ),
-    read=partial(read_bare, entry="teacher"),
+    read=partial(read_bare, entries=("teacher",)),
     plan=plan_dinov2,
     find=partial(find_weights, hub=False),
 )

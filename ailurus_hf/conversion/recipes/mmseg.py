@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from ...utils.errors import CheckpointError
-from ..reading.files import strip_common_prefix
 from ..reading.python_config import parse_config, python_configs
 from ..reading.settings import Settings
-from ..reading.sources import find_weights, license_of, read_tensors, tensors_of
+from ..reading.sources import choose_entry, find_weights, license_of, read_tensors, tensors_of
 from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
 from ..references.mmseg import MmsegForward
 from ..rules import BATCH_NORM, PARAM, Drop, Flatten, Rename, Rule, SplitRows
@@ -111,17 +110,18 @@ def mmseg_rules(decoder_type: str, final_norm: bool) -> tuple[Rule, ...]:
     return BACKBONE_RULES + (FINAL_NORM_RULES if final_norm else ()) + HEAD_RULES[decoder_type] + (auxiliary,)
 
 
-def read_mmseg(weights: Path) -> SourceCheckpoint:
+def read_mmseg(weights: Path, entry: str | None = None) -> SourceCheckpoint:
     """Read a checkpoint and its config, from inside the file or from the one `.py` beside it.
 
     Raises:
         CheckpointError: a file is unreadable or unsafe, or holds no state dict or no config.
     """
     content = read_tensors(weights, objects=True)
-    tensors = strip_common_prefix(tensors_of(content, weights, "state_dict"))
+    entry, notes = choose_entry(content, weights, ("state_dict",), entry)
+    tensors = tensors_of(content, weights, entry)
     texts, labels = python_configs(content)
     texts = {f"{weights}, {place}": text for place, text in texts.items()}
-    return SourceCheckpoint(weights, tensors, {**_config(texts, weights), "labels": labels})
+    return SourceCheckpoint(weights, tensors, {**_config(texts, weights), "labels": labels}, notes)
 
 
 def _config(texts: dict[str, str], weights: Path) -> dict[str, Any]:

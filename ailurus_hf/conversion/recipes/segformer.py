@@ -32,10 +32,10 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from ...modeling.modeling_ailurus_segformer import AiluRusSegformerForSemanticSegmentation
 from ...utils.errors import CheckpointError
-from ..reading.files import state_dict_of, strip_common_prefix
+from ..reading.files import state_dict_of
 from ..reading.python_config import parse_config, python_configs
 from ..reading.settings import Settings, config_of
-from ..reading.sources import license_of, read_json_beside, read_tensors
+from ..reading.sources import choose_entry, license_of, read_json_beside, read_tensors
 from ..recipe import Evidence, Pictures, Plan, Recipe, Reference, Sign, SourceCheckpoint
 from ..references.pictures import Preprocessing
 from ..references.segformer import SegformerForward
@@ -170,18 +170,19 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
 }
 
 
-def read_segformer(weights: Path) -> SourceCheckpoint:
+def read_segformer(weights: Path, entry: str | None = None) -> SourceCheckpoint:
     """Read a checkpoint and the settings in it or beside it.
 
     Raises:
         CheckpointError: a file is unreadable or unsafe, or holds no state dict.
     """
     content = read_tensors(weights, objects=True)
-    tensors = strip_common_prefix(state_dict_of(content, weights, "state_dict"))
+    entry, notes = choose_entry(content, weights, ("state_dict",), entry)
+    tensors = state_dict_of(content, weights, entry)
     texts, labels = python_configs(content)
     beside = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(weights.parent.glob("*.py"))]
     settings = {"config.json": read_json_beside(weights), "python": [*texts.values(), *beside]}
-    return SourceCheckpoint(weights, tensors, {**settings, "labels": labels})
+    return SourceCheckpoint(weights, tensors, {**settings, "labels": labels}, notes)
 
 
 def plan_segformer(checkpoint: SourceCheckpoint) -> Plan:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ...utils.errors import CheckpointError
-from ..reading.files import read_yaml, state_dict_of, strip_common_prefix
+from ..reading.files import read_yaml, state_dict_of
 from ..reading.settings import Settings
-from ..reading.sources import find_weights, read_tensors
+from ..reading.sources import choose_entry, find_weights, read_tensors
 from ..recipe import Pictures, Plan, Recipe, Sign, SourceCheckpoint
 from ..references.pictures import Preprocessing
 from ..references.segmenter import SegmenterForward
@@ -75,20 +75,22 @@ def segmenter_rules(decoder_type: str, distilled: bool) -> tuple[Rule, ...]:
     return ENCODER_RULES + (DISTILLED_RULES if distilled else ()) + DECODER_RULES[decoder_type]
 
 
-def read_segmenter(weights: Path) -> SourceCheckpoint:
+def read_segmenter(weights: Path, entry: str | None = None) -> SourceCheckpoint:
     """Read a checkpoint and the `variant.yml` beside it.
 
     Raises:
         FileNotFoundError: `variant.yml` is missing.
         CheckpointError: a file is unreadable or unsafe, or holds no state dict.
     """
-    tensors = strip_common_prefix(state_dict_of(read_tensors(weights), weights, "model"))
+    content = read_tensors(weights)
+    entry, notes = choose_entry(content, weights, ("model",), entry)
+    tensors = state_dict_of(content, weights, entry)
     variant = weights.parent / "variant.yml"
     if not variant.is_file():
         raise FileNotFoundError(
             f"no variant.yml beside {weights}: official Segmenter checkpoints keep their settings there"
         )
-    return SourceCheckpoint(weights, tensors, read_yaml(variant))
+    return SourceCheckpoint(weights, tensors, read_yaml(variant), notes)
 
 
 def plan_segmenter(checkpoint: SourceCheckpoint) -> Plan:

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ...utils.errors import CheckpointError
-from ..reading.files import strip_common_prefix
 from ..reading.settings import Settings
-from ..reading.sources import license_of, read_json_beside, read_tensors, tensors_of
+from ..reading.sources import TWINS, choose_entry, license_of, read_json_beside, read_tensors, tensors_of
 from ..recipe import Pictures, Plan, Recipe, Sign, SourceCheckpoint
 from ..references.pictures import Preprocessing
 from .timm_style import BARE, BLOCK, IN_MODEL, TimmParts, encoder_plan, encoder_settings, position_settings
@@ -48,15 +47,17 @@ CITATION = """@misc{rw2019timm,
 }"""
 
 
-def read_timm(weights: Path) -> SourceCheckpoint:
+def read_timm(weights: Path, entry: str | None = None) -> SourceCheckpoint:
     """Read the weights and, when it is beside them, timm's `config.json`.
+
+    Checkpoints of timm's training script hold its arguments beside the weights.
 
     Raises:
         CheckpointError: a file is unreadable or unsafe, or holds no state dict.
     """
-    content = read_tensors(weights)
-    tensors = strip_common_prefix(tensors_of(content, weights, "model"))
-    return SourceCheckpoint(weights, tensors, read_json_beside(weights))
+    content = read_tensors(weights, objects=True)
+    entry, notes = choose_entry(content, weights, TWINS, entry)
+    return SourceCheckpoint(weights, tensors_of(content, weights, entry), read_json_beside(weights), notes)
 
 
 def plan_timm(checkpoint: SourceCheckpoint) -> Plan:
@@ -148,6 +149,10 @@ RECIPE = Recipe(
         Sign(
             "config.json with timm's 'architecture', and tensors named blocks.0.attn.qkv.weight",
             lambda e: e.has(BLOCK) and "architecture" in e.config,
+        ),
+        Sign(
+            "an entry 'state_dict' with tensors named blocks.0.attn.qkv.weight",
+            lambda e: e.has(BLOCK) and not {"state_dict", "state_dict_ema"}.isdisjoint(e.container),
         ),
         IN_MODEL,
         BARE,

@@ -5,7 +5,7 @@ The tensors tell nearly everything: sizes, which tokens there are, LayerScale, b
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +15,7 @@ import torch
 
 from ...modeling.modeling_ailurus import AiluRusForImageClassification, AiluRusModel
 from ...utils.errors import CheckpointError
-from ..reading.files import strip_common_prefix
-from ..reading.sources import read_tensors, tensors_of
+from ..reading.sources import choose_entry, read_tensors, tensors_of
 from ..recipe import Pictures, Plan, Sign, SourceCheckpoint
 from ..references.pictures import Preprocessing
 from ..references.vit import ViTForward
@@ -99,14 +98,20 @@ class TimmParts:
         return any(match(rule, key) is not None for key in self.keys)
 
 
-def read_bare(weights: Path, entry: str) -> SourceCheckpoint:
-    """Read a file without settings: the tensors of `entry`, whatever is beside them, or the whole file.
+def read_bare(weights: Path, entry: str | None = None, *, entries: Sequence[str]) -> SourceCheckpoint:
+    """Read a file without settings: the tensors of an entry, whatever is beside them, or the whole file.
+
+    Args:
+        weights: the file.
+        entry: the entry that the user names.
+        entries: those to look for.
 
     Raises:
         CheckpointError: a file is unreadable or unsafe, or holds no state dict.
     """
-    tensors = tensors_of(read_tensors(weights, objects=True), weights, entry)
-    return SourceCheckpoint(weights, strip_common_prefix(tensors), description={})
+    content = read_tensors(weights, objects=True)
+    entry, notes = choose_entry(content, weights, entries, entry)
+    return SourceCheckpoint(weights, tensors_of(content, weights, entry), description={}, notes=notes)
 
 
 def block_rules(

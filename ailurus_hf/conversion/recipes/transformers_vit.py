@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from ...modeling.modeling_ailurus import AiluRusForImageClassification, AiluRusModel
 from ...utils.errors import CheckpointError
 from ..reading.settings import config_of
-from ..reading.sources import license_of, read_json_beside, read_tensors, tensors_of
+from ..reading.sources import choose_entry, license_of, read_json_beside, read_tensors, tensors_of
 from ..recipe import Pictures, Plan, Recipe, Reference, Sign, SourceCheckpoint
 from ..rules import PARAM, Drop, Rename, Rule, SplitRows, renames
 from ..unsupported import refuse_unsupported
@@ -125,7 +125,7 @@ def _layer_rules(family: Family, version: int, block: str, layer: str, gated: bo
     return renames(names, f"{block}.", f"{layer}.") + special
 
 
-def read_transformers(weights: Path) -> SourceCheckpoint:
+def read_transformers(weights: Path, entry: str | None = None) -> SourceCheckpoint:
     """Read `config.json` and the weights beside it.
 
     Raises:
@@ -139,7 +139,9 @@ def read_transformers(weights: Path) -> SourceCheckpoint:
         raise CheckpointError(f"{config}: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}")
     if description.get("quantization_config"):
         raise CheckpointError(f"{config}: quantised weights cannot be converted; convert the full-precision checkpoint")
-    return SourceCheckpoint(weights, tensors_of(read_tensors(weights), weights, "state_dict"), description)
+    content = read_tensors(weights)
+    entry, notes = choose_entry(content, weights, ("state_dict",), entry)
+    return SourceCheckpoint(weights, tensors_of(content, weights, entry), description, notes)
 
 
 def plan_transformers(checkpoint: SourceCheckpoint) -> Plan:
