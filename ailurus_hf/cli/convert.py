@@ -165,6 +165,7 @@ def _as_text(report: "ConversionReport") -> str:
     for reason in dict.fromkeys(report.dropped.values()):
         keys = [key for key, why in report.dropped.items() if why == reason]
         lines.append(f"dropped   {', '.join(keys)} ({reason})")
+    lines += [f"assumed   {assumption}" for assumption in report.assumptions]
     if not report.written:
         return "\n".join([*lines, f"dry run   nothing written; {report.output} would hold {size}"])
     if report.verification is not None:

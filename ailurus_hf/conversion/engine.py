@@ -400,6 +400,7 @@ def _report(
         ),
         verification=None,
         model_class=plan.model_class.__name__,
+        assumptions=plan.assumptions,
     )
 
 

@@ -110,6 +110,8 @@ class Plan:
         image_sizes: heights and widths to verify at; by default the trained size and, with `resizes`, another.
         license: the licence that the source names for its weights.
         notes: oddities of the source that the user should know.
+        assumptions: what no file tells and the recipe takes from published models, and how to set it otherwise. The
+            reference believes it too, so that only recorded outputs can show it wrong.
     """
 
     config: Mapping[str, Any]
@@ -126,6 +128,7 @@ class Plan:
     image_sizes: tuple[tuple[int, int], ...] = ()
     license: str | None = None
     notes: tuple[str, ...] = ()
+    assumptions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

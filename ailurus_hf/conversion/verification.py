@@ -82,7 +82,10 @@ def verify_checkpoint(
         cases += _recorded(checkpoint.weights_path.parent / RECORDED, plan, dtype)
     if not cases:
         return Verification("the tensors meant to be saved", 0.0)
-    largest = max(_difference(model, case) for case in cases)
+    try:
+        largest = max(_difference(model, case) for case in cases)
+    except CheckpointError as error:
+        raise CheckpointError("; ".join([str(error), *plan.assumptions])) from error
     return Verification(" and ".join(dict.fromkeys(case.against for case in cases)), largest)
 
 

@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor
 
 import ailurus_hf
 from ailurus_hf import AiluRusConfig
+from ailurus_hf.cli.app import main
 from ailurus_hf.conversion import CheckpointError, CheckpointWarning, convert_checkpoint
 from ailurus_hf.conversion.engine import check_rules_used, map_keys
 from ailurus_hf.conversion.reading.sources import find_weights
@@ -185,6 +186,24 @@ class TestTimm:
         assert processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
         assert ModelCard.load(tmp_path / "out" / "README.md").data.license == "cc-by-4.0"
 
+    @pytest.mark.parametrize("told", [True, False])
+    def test_heads_that_no_file_tells_are_said(self, told: bool, tmp_path: Path) -> None:
+        """A width that published models have; three heads of 64 channels."""
+        tensors = {"pos_embed": torch.randn(1, 5, 192), "patch_embed.proj.weight": torch.randn(192, 3, 8, 8)}
+        tensors |= {"blocks.0.attn.qkv.weight": torch.randn(576, 192), "blocks.0.attn.proj.weight": torch.eye(192)}
+        tensors |= {"blocks.0.mlp.fc1.weight": torch.randn(8, 192), "blocks.0.mlp.fc2.weight": torch.randn(192, 8)}
+        biases = {"patch_embed.proj": 192, "blocks.0.attn.proj": 192, "blocks.0.mlp.fc1": 8, "blocks.0.mlp.fc2": 192}
+        tensors |= {f"{name}.bias": torch.zeros(size) for name, size in biases.items()} | {
+            "cls_token": torch.ones(1, 1, 192)
+        }
+        norms = ("blocks.0.norm1", "blocks.0.norm2", "norm")
+        tensors |= {f"{name}.{part}": torch.ones(192) for name in norms for part in ("weight", "bias")}
+        torch.save(tensors, tmp_path / "x.pth")
+        settings = {"num_attention_heads": 3} if told else {}
+        report = convert_checkpoint("timm", tmp_path / "x.pth", tmp_path / "out", dry_run=True, **settings)
+        said = "num_attention_heads=3, as in published models of 192 channels"
+        assert [text[: len(said)] for text in report.assumptions] == ([] if told else [said])
+
     def test_a_bare_file(self, tmp_path: Path) -> None:
         torch.save({"state_dict": 1, "model": vit_tensors()}, tmp_path / "x.pth")
         convert_checkpoint("timm", tmp_path / "x.pth", tmp_path / "out", num_attention_heads=HEADS)
@@ -329,6 +348,50 @@ class TestDinov2:
         torch.save({"teacher": tensors | {"dino_head.mlp.0.weight": torch.zeros(2, 2)}}, tmp_path / "x.pth")
         report = convert_checkpoint("dinov2", tmp_path / "x.pth", tmp_path / "out", num_attention_heads=HEADS)
         assert set(report.dropped) == {"backbone.mask_token", "dino_head.mlp.0.weight"}
+
+    @pytest.mark.parametrize(
+        ("parts", "assumed", "other"),
+        [
+            ("", "position_offset=0.1, position_antialias=False", "position_offset=0 --set position_antialias=true"),
+            (
+                "register_tokens",
+                "position_offset=0, position_antialias=True",
+                "position_offset=0.1 --set position_antialias=false",
+            ),
+        ],
+    )
+    def test_what_the_file_does_not_tell_is_said(
+        self, parts: str, assumed: str, other: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        tensors = vit_tensors(f"cls_token mask_token norm qkv_bias ls {parts}")
+        torch.save(tensors, tmp_path / "x.pth")
+        options = ["--set", f"num_attention_heads={HEADS}"]
+        assert main(["convert", "dinov2", str(tmp_path / "x.pth"), str(tmp_path / "out"), *options]) == 0
+        (line,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("assumed")]
+        assert assumed in line
+        assert f"since the file does not tell; the other way in use is --set {other}" in line
+
+        # what the other convention gives, recorded
+        settings = dict(setting.split("=") for setting in other.split(" --set "))
+        values = {name: json.loads(value) for name, value in settings.items()}
+        report = convert_checkpoint(
+            "dinov2", tmp_path / "x.pth", tmp_path / "other", num_attention_heads=HEADS, **values
+        )
+        assert not any("the file does not tell" in text for text in report.assumptions)
+        pixel_values = torch.randn(1, 3, 48, 40)
+        recorded = outputs(load(tmp_path / "other", report), pixel_values)["pooled"]
+        golden_values = {"resized_pixel_values": pixel_values, "resized_x_norm_clstoken": recorded}
+        save_file(golden_values, tmp_path / "golden.safetensors")
+        with pytest.raises(CheckpointError, match="differ from the recorded") as caught:
+            convert_checkpoint("dinov2", tmp_path / "x.pth", tmp_path / "third", num_attention_heads=HEADS)
+        assert f"--set {other}" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        convert_checkpoint("dinov2", tmp_path / "x.pth", tmp_path / "third", num_attention_heads=HEADS, **values)
+        wrong = {"position_offset": 0.0 if parts else 0.1, "position_antialias": bool(parts)}
+        with pytest.raises(
+            CheckpointError, match=r"positions are resized with position_offset=.*, position_antialias="
+        ):
+            convert_checkpoint("dinov2", tmp_path / "x.pth", tmp_path / "4", num_attention_heads=HEADS, **wrong)
 
     def test_positions_may_be_resized_otherwise(self, tmp_path: Path) -> None:
         torch.save(vit_tensors("cls_token mask_token norm qkv_bias ls"), tmp_path / "x.pth")

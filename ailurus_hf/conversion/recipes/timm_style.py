@@ -256,6 +256,7 @@ def encoder_plan(
     recorded: Mapping[str, str] | None = None,
     pictures: Pictures = IMAGENET_PICTURES,
     license: str | None = None,
+    assumptions: tuple[str, ...] = (),
 ) -> Plan:
     """The plan for a bare encoder, or for one with classifiers.
 
@@ -264,7 +265,7 @@ def encoder_plan(
         classifiers: names of the classifiers that the source has -> ours.
         unused: rules for what has no place in the model.
         pictures: how pictures are prepared.
-        recorded, license: as in `Plan`.
+        recorded, license, assumptions: as in `Plan`; the number of heads is added where nothing told it.
     """
     config = dict(config)
     if classifiers:
@@ -280,6 +281,18 @@ def encoder_plan(
         output="logits" if classifiers else "last_hidden_state",
         recorded=recorded or {"logits": "logits"},
         license=license,
+        assumptions=assumptions + _assumed_heads(checkpoint, config),
+    )
+
+
+def _assumed_heads(checkpoint: SourceCheckpoint, config: Mapping[str, Any]) -> tuple[str, ...]:
+    arguments = checkpoint.description.get("model_args")  # of timm
+    told = isinstance(arguments, Mapping) and arguments.get("num_heads")
+    if told or "num_attention_heads" in checkpoint.overrides:
+        return ()
+    return (
+        f"num_attention_heads={config['num_attention_heads']}, as in published models of {config['hidden_size']} "
+        "channels, since the file does not tell; --set num_attention_heads=N sets another",
     )
 
 
