@@ -46,8 +46,8 @@ def plan_dinov2(checkpoint: SourceCheckpoint) -> Plan:
     if not {"position_offset", "position_antialias"} <= checkpoint.overrides.keys():
         other, antialiased = (POSITION_OFFSET, "false") if registers else (0, "true")
         assumed += (
-            f", as in the released models {'with' if registers else 'without'} registers, since the file does not tell; "
-            f"the other way in use is --set position_offset={other:g} --set position_antialias={antialiased}"
+            f", as in the released models {'with' if registers else 'without'} registers, since the file does not "
+            f"tell; the other way in use is --set position_offset={other:g} --set position_antialias={antialiased}"
         )
     unused = (
         Drop(f"{prefix}mask_token", "stands for masked patches, used only in training", optional=True),
