@@ -283,7 +283,9 @@ def _build_skeleton(plan: Plan, settings: Mapping[str, Any], num_tensors: int) -
 def _label_settings(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with `id2label` checked against the source's number of classes, and `label2id` derived from it."""
     merged = dict(settings)
-    names = merged.pop("id2label", None)
+    names, palette = merged.pop("id2label", None), merged.get("palette")
+    if plan.config.get("num_labels") == 1 and palette is not None and len(palette) == 2:
+        merged["palette"] = palette[1:]  # of background and foreground, as of two names
     if names is None:
         return merged
     num_labels = plan.config.get("num_labels")

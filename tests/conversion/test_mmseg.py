@@ -328,10 +328,12 @@ class TestOneChannel:
     def test_names_that_the_user_gives(self, tmp_path: Path) -> None:
         self.write(tmp_path / "source", "linear", "num_classes=1")
         for number, names in enumerate(({"0": "water"}, {1: "water"}, {0: "land", 1: "water"})):
-            settings = {"id2label": names, "binary_threshold": 0.7}
+            settings = {"id2label": names, "binary_threshold": 0.7, "palette": [[0, 0, 0], [7, 8, 9]][-len(names) :]}
             convert_checkpoint("mmseg", tmp_path / "source", tmp_path / str(number), **settings)
             assert class_names(AiluRusConfig.from_pretrained(tmp_path / str(number))) == ["background", "water"]
             assert AiluRusImageProcessor.from_pretrained(tmp_path / str(number)).binary_threshold == 0.7
+            palette = AiluRusConfig.from_pretrained(tmp_path / str(number)).palette
+            assert [list(colour) for colour in palette] == [[7, 8, 9]]
         with pytest.raises(ValueError, match="id2label must name the classes 0 to 0"):
             convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out", id2label={0: "a", 1: "b", 2: "c"})
 
