@@ -64,6 +64,7 @@ def evaluate(
     from ..data.label_maps import pair_files
     from ..data.labelled import LabelRule
     from ..evaluation import evaluate_segmentation
+    from ..modeling.label_maps import num_classes
 
     pairs = pair_files(images, labels)[:limit]
     network = load_on_device(model, device, dtype, cluster_layer=cluster_layer)
@@ -71,7 +72,7 @@ def evaluate(
     report = evaluate_segmentation(
         network,
         load_processor(model),
-        SegmentationFolder(pairs, LabelRule(network.config.num_labels, ignored, reduce_labels)),
+        SegmentationFolder(pairs, LabelRule(num_classes(network.config), ignored, reduce_labels)),
         keep_ratio or (1.0, 0.5, 0.25),
         ignore_index=ignored,
         boundary=boundary,

@@ -38,6 +38,7 @@ def predict(
     """
     from ..data.images import list_images, read_image
     from ..evaluation import segment_image
+    from ..modeling.label_maps import class_names
     from ..visualization import model_palette
 
     files = list_images(images)
@@ -45,7 +46,7 @@ def predict(
     check_output_directory(out, overwrite=True)  # it would be a pity to find out after the model has run
     network = load_on_device(model, device, dtype, keep_ratio=keep_ratio, cluster_layer=cluster_layer)
     processor, palette = load_processor(model), model_palette(network.config)
-    names = [network.config.id2label[label] for label in range(network.config.num_labels)]
+    names = class_names(network.config)
     reports = []
     for file in tqdm(files, "predicting", leave=False, disable=None):
         picture = read_image(file)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..modeling.label_maps import labels_of_logits
 from ..registry import architecture_of, has_architecture
 from .sliding_window import sliding_window_logits
 
@@ -75,7 +76,7 @@ def class_scores(
     """Scores of the classes for every pixel, from one view of the pictures or several.
 
     One view gives logits. Several give the mean of their probabilities, softmax by view, as Segmenter and
-    mmsegmentation do.
+    mmsegmentation do; of a model with one channel the sigmoid.
 
     Args:
         model: a semantic-segmentation model whose output has `logits` (B, num_labels, h, w), in evaluation mode.
@@ -104,7 +105,7 @@ def class_scores(
             views.append(_resize(_logits(model, view.flip(-1), sliding_window).flip(-1), size))
     if len(views) == 1:
         return views[0]
-    return torch.stack([logits.softmax(1) for logits in views]).mean(0)
+    return torch.stack([logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1) for logits in views]).mean(0)
 
 
 @torch.no_grad()
@@ -132,11 +133,18 @@ def segment_image(
     size = (image.height, image.width)
     if sliding_window or flip or tuple(scales) != (1.0,):
         scores = class_scores(model, pixel_values, size, sliding_window=sliding_window, flip=flip, scales=scales)
-        return Segmentation(scores[0].argmax(0).cpu().numpy())
+        if len(scores[0]) == 1 and (flip or len(scales) > 1):
+            scores = scores.logit()  # of several views probabilities, which one channel compares with a threshold
+        return Segmentation(labels_of_logits(scores[0], _threshold(model)).cpu().numpy())
     # One view of the whole picture: the only case with clusters to tell of.
     output = model(pixel_values)
     logits = _resize(output.logits, size)
-    return Segmentation(logits[0].argmax(0).cpu().numpy(), _cluster_maps(model.config, output, pixel_values, size))
+    labels = labels_of_logits(logits[0], _threshold(model)).cpu().numpy()
+    return Segmentation(labels, _cluster_maps(model.config, output, pixel_values, size))
+
+
+def _threshold(model: PreTrainedModel) -> float:
+    return getattr(model.config, "binary_threshold", 0.5)
 
 
 def _cluster_maps(config: Any, output: Any, pixel_values: Tensor, size: tuple[int, int]) -> tuple[ClusterMap, ...]:

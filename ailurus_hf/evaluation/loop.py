@@ -15,6 +15,7 @@ from ..benchmark import SpeedUp, count_flops, speed_up, time_side_by_side
 from ..budget import has_budget, with_budget
 from ..data.images import ImageFileError
 from ..data.labelled import LabelledImage
+from ..modeling.label_maps import class_names, num_classes
 from ..registry import has_architecture
 from ..utils.extras import needs_extra
 from .accumulator import Accumulator
@@ -139,7 +140,7 @@ def evaluate_segmentation(
         raise ValueError("samples must hold at least one picture with labels, got none")
     if ignore_index is None:
         ignore_index = getattr(model.config, "semantic_loss_ignore_index", 255)
-    results = _empty_results(keep_ratios, model.config.num_labels, ignore_index, boundary)
+    results = _empty_results(keep_ratios, num_classes(model.config), ignore_index, boundary)
     # The processes that were launched together; without an accelerator they must be told to be on the CPU.
     state = PartialState(cpu=not torch.accelerator.is_available())
     share = range(state.process_index, len(samples), state.num_processes)
@@ -158,7 +159,8 @@ def evaluate_segmentation(
     skipped = gather_object(skipped)
     if not results[0].seconds:
         raise ValueError(f"none of the {len(samples)} samples could be read; the first: {skipped[0]}")
-    return EvaluationReport(results, dict(model.config.id2label), len(results[0].seconds), skipped)
+    names = dict(enumerate(class_names(model.config)))
+    return EvaluationReport(results, names, len(results[0].seconds), skipped)
 
 
 def _read(

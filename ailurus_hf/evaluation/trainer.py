@@ -6,22 +6,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..modeling.label_maps import BACKGROUND, labels_of_logits
 from .segmentation import ConfusionMatrix
 
 __all__ = ["SegmentationMetrics", "predictions_from_logits"]
 
 
-def predictions_from_logits(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+def predictions_from_logits(
+    logits: Tensor | tuple[Tensor, ...], labels: Tensor, binary_threshold: float = 0.5
+) -> Tensor:
     """`preprocess_logits_for_metrics`: label maps in place of logits, so that Trainer gathers little.
 
     Args:
         logits: (B, num_labels, h, w), or a tuple whose first entry they are.
         labels: (B, H, W); smaller logits are resized to them, bilinear.
+        binary_threshold: probability above which a pixel is class 1, where the logits have one channel.
     """
     scores = logits if isinstance(logits, Tensor) else logits[0]
     if scores.shape[-2:] != labels.shape[-2:]:
         scores = torch.nn.functional.interpolate(scores.float(), size=tuple(labels.shape[-2:]), mode="bilinear")
-    return scores.argmax(1)
+    return labels_of_logits(scores, binary_threshold)
 
 
 class SegmentationMetrics:
@@ -31,13 +35,15 @@ class SegmentationMetrics:
     `ailurus_hf.training.SegmentationTrainer` where pictures differ in size.
 
     Args:
-        num_labels: number of classes.
+        num_labels: number of classes; 1, as of a model with one channel, counts background and foreground.
         ignore_index: label of pixels that do not count; Trainer's own filling, -100, never does.
-        id2label: names for the classes' IoU; None leaves it out.
+        id2label: names for the classes' IoU, with one channel of the foreground; None leaves it out.
     """
 
     def __init__(self, num_labels: int, ignore_index: int = 255, id2label: Mapping[int, str] | None = None) -> None:
-        self.matrix, self.id2label = ConfusionMatrix(num_labels, ignore_index), id2label
+        self.matrix, self.id2label = ConfusionMatrix(max(num_labels, 2), ignore_index), id2label
+        if id2label is not None and len(id2label) == 1:
+            self.id2label = dict(enumerate([BACKGROUND, *id2label.values()]))
 
     def __call__(self, prediction: Any, compute_result: bool = True) -> dict[str, float]:
         """Add a batch; the scores, and a new start, when `compute_result`."""

@@ -1,5 +1,6 @@
 """Image processor for AiluRus models. Needs Pillow and numpy, no torchvision."""
 
+from collections.abc import Mapping
 from typing import Any, Unpack
 
 import numpy as np
@@ -11,6 +12,8 @@ from transformers.image_utils import ChannelDimension, ImageInput, PILImageResam
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType
 
+from .label_maps import labels_of_logits
+
 IGNORE_LABEL = 255  # what label reduction turns the background into
 
 
@@ -19,9 +22,12 @@ class AiluRusImageProcessorKwargs(ImagesKwargs, total=False):
     do_reduce_labels (`bool`, *optional*, defaults to `self.do_reduce_labels`):
         Whether to subtract 1 from every label and turn 0 into 255: for data sets, such as ADE20K, whose label 0 is no
         class.
+    binary_threshold (`float`, *optional*, defaults to `self.binary_threshold`):
+        Probability above which a pixel is foreground, for models with one channel; as in the model's configuration.
     """
 
     do_reduce_labels: bool
+    binary_threshold: float
 
 
 class AiluRusImageProcessor(PilBackend):
@@ -41,9 +47,14 @@ class AiluRusImageProcessor(PilBackend):
     do_rescale = True
     do_normalize = True
     do_reduce_labels = False
+    binary_threshold = 0.5
     rescale_factor = 1 / 255
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
+
+    def __init__(self, **kwargs: Unpack[AiluRusImageProcessorKwargs]):
+        super().__init__(**kwargs)
+        _check_numbers(vars(self))
 
     def preprocess(
         self,
@@ -63,7 +74,7 @@ class AiluRusImageProcessor(PilBackend):
             width) int64.
 
         Raises:
-            ValueError: an image has NaN or infinite pixels.
+            ValueError: an image has NaN or infinite pixels, or a setting makes such pixels.
         """
         return super().preprocess(images, segmentation_maps, **kwargs)
 
@@ -77,6 +88,7 @@ class AiluRusImageProcessor(PilBackend):
         **kwargs: Any,
     ) -> BatchFeature:
         settings = {**kwargs, "return_tensors": None}
+        _check_numbers(settings)
         prepared = self._prepare_image_like_inputs(
             images=images, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format
         )
@@ -111,7 +123,8 @@ class AiluRusImageProcessor(PilBackend):
         """Label maps from logits.
 
         Args:
-            outputs: a model output with `logits` (batch_size, num_labels, height, width).
+            outputs: a model output with `logits` (batch_size, num_labels, height, width). Those of one channel are
+                class 1 where their sigmoid is above `binary_threshold`, else 0.
             target_sizes: (height, width) of each map in pixels; the logits are resized to it before the classes are
                 compared. None keeps their size.
 
@@ -123,14 +136,30 @@ class AiluRusImageProcessor(PilBackend):
         """
         logits = outputs.logits
         if target_sizes is None:
-            return list(logits.argmax(1))
+            return list(labels_of_logits(logits, self.binary_threshold))
         if len(target_sizes) != len(logits):
             raise ValueError(f"target_sizes must have one size per image, {len(logits)}, got {len(target_sizes)}")
         sizes = [tuple(int(side) for side in size) for size in target_sizes]
         return [
-            F.interpolate(image_logits[None], size=size, mode="bilinear")[0].argmax(0)
+            labels_of_logits(F.interpolate(image_logits[None], size=size, mode="bilinear")[0], self.binary_threshold)
             for image_logits, size in zip(logits, sizes, strict=True)
         ]
+
+
+def _check_numbers(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that turn every picture into the same one, or into NaN.
+
+    Raises:
+        ValueError: a mean is not finite, or a standard deviation or the factor of rescaling is not finite and above 0.
+    """
+    for name, above_zero in (("image_mean", False), ("image_std", True), ("rescale_factor", True)):
+        value = settings.get(name)
+        try:
+            numbers = np.asarray(0.5 if value is None else value, dtype=np.float64)
+        except (TypeError, ValueError):
+            numbers = np.array(np.nan)
+        if not np.isfinite(numbers).all() or (above_zero and (numbers <= 0).any()):
+            raise ValueError(f"{name} must be finite{' and above 0' if above_zero else ''}, got {value!r}")
 
 
 __all__ = ["AiluRusImageProcessor"]

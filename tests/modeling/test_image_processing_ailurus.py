@@ -1,3 +1,4 @@
+import json
 import math
 from types import SimpleNamespace
 
@@ -88,3 +89,16 @@ def test_round_trip(tmp_path):
     loaded = AiluRusImageProcessor.from_pretrained(tmp_path)
     assert list(loaded.image_std) == [0.1, 0.2, 0.3]
     assert loaded.do_reduce_labels is True
+
+
+@pytest.mark.parametrize("std", [0.0, [0.5, 0.0, 0.5], [math.nan] * 3, [-0.5] * 3, math.inf])
+def test_settings_that_make_every_picture_the_same_are_refused(std, tmp_path):
+    with pytest.raises(ValueError, match="image_std must be finite and above 0"):
+        AiluRusImageProcessor(image_std=std)
+    with pytest.raises(ValueError, match="image_std must be finite and above 0"):
+        AiluRusImageProcessor()(PIXELS, image_std=std)
+    AiluRusImageProcessor().save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "preprocessor_config.json").read_text()) | {"image_std": std}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="image_std must be finite and above 0"):
+        AiluRusImageProcessor.from_pretrained(tmp_path)
