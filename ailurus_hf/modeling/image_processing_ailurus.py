@@ -11,17 +11,43 @@ from transformers.image_utils import ChannelDimension, ImageInput, PILImageResam
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType
 
-IGNORE_LABEL = 255  # what label reduction turns the background into
+IGNORE_INDEX = 255  # transformers' own: what reducing labels turns 0 into, and leaves as it is
 
 
 class AiluRusImageProcessorKwargs(ImagesKwargs, total=False):
     """
     do_reduce_labels (`bool`, *optional*, defaults to `self.do_reduce_labels`):
-        Whether to subtract 1 from every label and turn 0 into 255: for data sets, such as ADE20K, whose label 0 is no
-        class.
+        Whether to subtract 1 from every label and turn 0 into `ignore_index`: for data sets, such as ADE20K, whose label
+        0 is no class. Labels of 255 are ignored too, as in transformers.
+    ignore_index (`int`, *optional*, defaults to `self.ignore_index`):
+        Label of pixels that do not count.
     """
 
     do_reduce_labels: bool
+    ignore_index: int
+
+
+def reduce_labels(labels: np.ndarray, ignore_index: int = IGNORE_INDEX, num_labels: int | None = None) -> np.ndarray:
+    """Subtract 1 from every label of a data set whose label 0 is no class.
+
+    0 becomes `ignore_index`. So do 255, which transformers never reduces, and `ignore_index` itself, unless the value
+    is that of a class.
+
+    Args:
+        labels: integers of any shape.
+        ignore_index: label of pixels that do not count.
+        num_labels: number of classes, whose values before are 1 to `num_labels`. None if it is unknown: then 255 is no
+            class, and a positive `ignore_index` is one.
+
+    Returns:
+        int64, of the same shape.
+    """
+    ignored = labels == 0
+    if num_labels is None or num_labels < IGNORE_INDEX:
+        ignored |= labels == IGNORE_INDEX
+    if ignore_index < 0 or (num_labels is not None and ignore_index > num_labels):
+        ignored |= labels == ignore_index
+    return np.where(ignored, ignore_index, labels.astype(np.int64) - 1)
 
 
 class AiluRusImageProcessor(PilBackend):
@@ -41,6 +67,7 @@ class AiluRusImageProcessor(PilBackend):
     do_rescale = True
     do_normalize = True
     do_reduce_labels = False
+    ignore_index = IGNORE_INDEX
     rescale_factor = 1 / 255
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
@@ -96,7 +123,7 @@ class AiluRusImageProcessor(PilBackend):
             input_data_format=ChannelDimension.FIRST,
         )
         if settings["do_reduce_labels"]:
-            maps = [np.where(labels == 0, IGNORE_LABEL, labels - 1).astype(labels.dtype) for labels in maps]
+            maps = [reduce_labels(labels, settings["ignore_index"]) for labels in maps]
         settings = {
             **settings,
             "resample": PILImageResampling.NEAREST,

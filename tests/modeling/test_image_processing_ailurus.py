@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
 from ailurus_hf import AiluRusImageProcessor
+from ailurus_hf.data import LabelRule
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
@@ -52,8 +54,19 @@ def test_label_reduction(dtype):
     labels = np.array([[0, 1, 2], [255, 150, 0]], dtype=dtype)
     processor = AiluRusImageProcessor(do_reduce_labels=True)
     reduced = processor([PIXELS[:2, :3]], [labels], return_tensors="np")["labels"][0]
-    assert reduced.tolist() == [[255, 0, 1], [254, 149, 255]]
+    assert reduced.tolist() == [[255, 0, 1], [255, 149, 255]]
     assert labels[0, 0] == 0
+    reduced = processor([PIXELS[:2, :3]], [labels], ignore_index=-100, return_tensors="np")["labels"][0]
+    assert reduced.tolist() == [[-100, 0, 1], [-100, 149, -100]]
+
+
+def test_label_reduction_is_that_of_transformers():
+    labels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    image = np.zeros((16, 16, 3), dtype=np.uint8)
+    settings = {"do_resize": False, "do_reduce_labels": True, "return_tensors": "np"}
+    expected = SegformerImageProcessorPil()(image, labels, **settings)["labels"]
+    np.testing.assert_array_equal(AiluRusImageProcessor()(image, labels, **settings)["labels"], expected)
+    np.testing.assert_array_equal(LabelRule(254, reduce_labels=True)(labels, "map"), expected[0])
 
 
 def test_post_processing_resizes_logits_before_comparing():
