@@ -32,8 +32,8 @@ class LabelRule:
 
     Args:
         num_labels: number of classes; None leaves the values unchecked.
-        ignore_index: value of pixels that do not count, in the result and, unless reduced or mapped, in the files; where
-            it is negative, 255 in the files does not count either.
+        ignore_index: value of pixels that do not count, in the result and, unless reduced or mapped, in the files;
+            where it is negative, 255 in the files does not count either.
         reduce_labels: subtract 1 from every value and turn 0 and 255 into `ignore_index`: for data sets, such as
             ADE20K, whose label 0 is no class. The image processor's `do_reduce_labels` is the same rule.
         label_ids: value in the files -> class, for data sets, such as Cityscapes, whose files number more than the

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..modeling.image_processing_ailurus import PictureArea, Span, label_maps
 from ..registry import architecture_of, has_architecture
 from .sliding_window import sliding_window_logits
 
@@ -92,16 +93,29 @@ def class_scores(
         ValueError: `sliding_window` for a model whose configuration has no `window_size`, or scales that are not
             positive.
     """
+    input_size = (pixel_values.shape[-2], pixel_values.shape[-1])
+    return _scores(model, pixel_values, _whole_area(input_size, size or input_size), sliding_window, flip, scales)
+
+
+def _scores(
+    model: PreTrainedModel,
+    pixel_values: Tensor,
+    area: PictureArea,
+    sliding_window: bool,
+    flip: bool,
+    scales: Sequence[float],
+) -> Tensor:
+    """`class_scores` of what the model sees of the picture, (B, num_labels, rows.seen, columns.seen)."""
     if not scales or min(scales) <= 0:
         raise ValueError(f"scales must be one or more numbers above 0, got {list(scales)}")
-    size = size or (pixel_values.shape[-2], pixel_values.shape[-1])
+    size = (area.rows.seen, area.columns.seen)
     views = []
     for scale in scales:
         height, width = (max(round(side * scale), 1) for side in pixel_values.shape[-2:])
         view = _resize(pixel_values, (height, width))
-        views.append(_resize(_logits(model, view, sliding_window), size))
+        views.append(_resize(area.cut(_logits(model, view, sliding_window)), size))
         if flip:
-            views.append(_resize(_logits(model, view.flip(-1), sliding_window).flip(-1), size))
+            views.append(_resize(area.cut(_logits(model, view.flip(-1), sliding_window).flip(-1)), size))
     if len(views) == 1:
         return views[0]
     return torch.stack([logits.softmax(1) for logits in views]).mean(0)
@@ -129,29 +143,46 @@ def segment_image(
         ValueError: as in `class_scores`.
     """
     pixel_values = image_processor(image, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
-    size = (image.height, image.width)
+    area = _picture_area(image_processor, image, (pixel_values.shape[-2], pixel_values.shape[-1]))
     if sliding_window or flip or tuple(scales) != (1.0,):
-        scores = class_scores(model, pixel_values, size, sliding_window=sliding_window, flip=flip, scales=scales)
-        return Segmentation(scores[0].argmax(0).cpu().numpy())
+        scores = _scores(model, pixel_values, area, sliding_window, flip, scales)
+        return Segmentation(area.whole(scores[0].argmax(0)).cpu().numpy())
     # One view of the whole picture: the only case with clusters to tell of.
     output = model(pixel_values)
-    logits = _resize(output.logits, size)
-    return Segmentation(logits[0].argmax(0).cpu().numpy(), _cluster_maps(model.config, output, pixel_values, size))
+    return Segmentation(label_maps(output.logits, area)[0].cpu().numpy(), _cluster_maps(model.config, output, area))
 
 
-def _cluster_maps(config: Any, output: Any, pixel_values: Tensor, size: tuple[int, int]) -> tuple[ClusterMap, ...]:
-    """The first picture's clusters in every stage, for a picture of this height and width."""
+def _picture_area(image_processor: Any, image: Image.Image, input_size: tuple[int, int]) -> PictureArea:
+    """Where the picture lies in what the processor made of it; processors that do not say show all of it."""
+    size = (image.height, image.width)
+    if hasattr(image_processor, "picture_areas"):
+        area: PictureArea = image_processor.picture_areas([size])[0]
+        if area.input_size == input_size:
+            return area
+    return _whole_area(input_size, size)
+
+
+def _whole_area(input_size: tuple[int, int], size: tuple[int, int]) -> PictureArea:
+    return PictureArea(input_size, *(Span(n, 0, n, 0, m, m) for n, m in zip(input_size, size, strict=True)))
+
+
+def _cluster_maps(config: Any, output: Any, area: PictureArea) -> tuple[ClusterMap, ...]:
+    """The first picture's clusters in every stage; none where the grid does not begin with the picture."""
     assignments = getattr(output, "assignment", None)
-    if assignments is None or not has_architecture(config):
+    rows, columns = area.rows, area.columns
+    if assignments is None or not has_architecture(config) or any(span.start or span.first for span in (rows, columns)):
         return ()
-    height, width = pixel_values.shape[-2:]
+    height, width = area.input_size
     stages = architecture_of(config).stages(config, height, width)
     assignments = [assignments] if isinstance(assignments, Tensor) else assignments
     return tuple(
         ClusterMap(
             stage.name,
             assignment[0].view(stage.grid).cpu().numpy(),
-            (stage.pixels_per_token * size[0] / height, stage.pixels_per_token * size[1] / width),
+            (
+                stage.pixels_per_token * rows.seen / rows.length,
+                stage.pixels_per_token * columns.seen / columns.length,
+            ),
         )
         for stage, assignment in zip(stages, assignments, strict=True)
     )

@@ -1,6 +1,7 @@
 """Image processor for AiluRus models. Needs Pillow and numpy, no torchvision."""
 
-from typing import Any, Unpack
+import math
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -9,7 +10,9 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ChannelDimension, ImageInput, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
-from transformers.utils import TensorType
+from transformers.utils import TensorType, logging
+
+logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = 255  # transformers' own: what reducing labels turns 0 into, and leaves as it is
 
@@ -17,10 +20,10 @@ IGNORE_INDEX = 255  # transformers' own: what reducing labels turns 0 into, and 
 class AiluRusImageProcessorKwargs(ImagesKwargs, total=False):
     """
     do_reduce_labels (`bool`, *optional*, defaults to `self.do_reduce_labels`):
-        Whether to subtract 1 from every label and turn 0 into `ignore_index`: for data sets, such as ADE20K, whose label
-        0 is no class. Labels of 255 are ignored too, as in transformers.
+        Whether to subtract 1 from every label and turn 0 into `ignore_index`: for data sets, such as ADE20K, whose
+        label 0 is no class. Labels of 255 are ignored too, as in transformers.
     ignore_index (`int`, *optional*, defaults to `self.ignore_index`):
-        Label of pixels that do not count.
+        Label of pixels that do not count, such as those that padding and cropping add.
     """
 
     do_reduce_labels: bool
@@ -48,6 +51,98 @@ def reduce_labels(labels: np.ndarray, ignore_index: int = IGNORE_INDEX, num_labe
     if ignore_index < 0 or (num_labels is not None and ignore_index > num_labels):
         ignored |= labels == ignore_index
     return np.where(ignored, ignore_index, labels.astype(np.int64) - 1)
+
+
+def _to_bytes(labels: np.ndarray, ignore_index: int) -> np.ndarray:
+    """(1, height, width) labels -> (4, height, width) uint8, all 0 where the label is `ignore_index`.
+
+    The backend resizes through Pillow, whose pictures have 8 bits a channel, and fills with 0.
+    """
+    if len(labels) != 1:
+        raise ValueError(f"segmentation_maps must have one label per pixel, got {len(labels)} channels")
+    values = labels[0].astype(np.int32, order="C")
+    if not np.array_equal(values, labels[0]):
+        raise ValueError("segmentation_maps must hold integers of at most 32 bits, got others")
+    values ^= np.int32(ignore_index)
+    return np.moveaxis(values[..., None].view(np.uint8), -1, 0)
+
+
+def _from_bytes(labels: np.ndarray, ignore_index: int) -> np.ndarray:
+    """What `_to_bytes` was given, (height, width) int64."""
+    values = np.ascontiguousarray(np.moveaxis(labels, 0, -1)).view(np.int32)[..., 0]
+    return (values ^ np.int32(ignore_index)).astype(np.int64)
+
+
+class Span(NamedTuple):
+    """Where a picture lies along one axis of the model's input, in pixels.
+
+    Attributes:
+        input_length: of the input, without what is filled to make all pictures of a batch equal.
+        start, length: the part of it that shows the picture.
+        first, seen: the part of the picture that it shows.
+        total: length of the picture.
+    """
+
+    input_length: int
+    start: int
+    length: int
+    first: int
+    seen: int
+    total: int
+
+
+class PictureArea(NamedTuple):
+    """Where a picture lies in the model's input.
+
+    Attributes:
+        input_size: (height, width) of the input in pixels, with what is filled.
+        rows, columns: see `Span`.
+    """
+
+    input_size: tuple[int, int]
+    rows: Span
+    columns: Span
+
+    def cut(self, maps: torch.Tensor) -> torch.Tensor:
+        """The picture's part of maps (batch_size, channels, height, width) of the whole input, at any resolution.
+
+        Where that is all of it, the maps stay as they are; else they are resized to the input first (bilinear).
+        """
+        rows, columns = self.rows, self.columns
+        if (rows.length, columns.length) == self.input_size:
+            return maps
+        if maps.shape[-2:] != self.input_size:
+            maps = F.interpolate(maps, size=self.input_size, mode="bilinear")
+        return maps[..., rows.start : rows.start + rows.length, columns.start : columns.start + columns.length]
+
+    def whole(self, maps: torch.Tensor) -> torch.Tensor:
+        """Maps (..., rows.seen, columns.seen) of what the model saw -> (..., height, width) of the whole picture.
+
+        Pixels beyond get the value of the nearest one.
+        """
+        for dim, span in ((-2, self.rows), (-1, self.columns)):
+            if span.seen < span.total:
+                nearest = torch.arange(span.total, device=maps.device) - span.first
+                maps = maps.index_select(dim, nearest.clamp(0, span.seen - 1))
+        return maps
+
+
+def label_maps(logits: torch.Tensor, area: PictureArea) -> torch.Tensor:
+    """(batch_size, num_labels, h, w) logits of the model's input -> (batch_size, height, width) int64 class ids of the
+    picture that lies there."""
+    size = (area.rows.seen, area.columns.seen)
+    return area.whole(F.interpolate(area.cut(logits), size=size, mode="bilinear").argmax(1))
+
+
+def _span(total: int, resized: int, crop: int | None) -> Span:
+    """A picture of `total` pixels that is resized, then cropped or filled around its centre, as the backend does."""
+    if crop is None:
+        return Span(resized, 0, resized, 0, total, total)
+    if crop >= resized:
+        return Span(crop, math.ceil((crop - resized) / 2), resized, 0, total, total)
+    cut = (resized - crop) // 2
+    first = round(cut * total / resized)
+    return Span(crop, 0, crop, first, max(round((cut + crop) * total / resized) - first, 1), total)
 
 
 class AiluRusImageProcessor(PilBackend):
@@ -82,7 +177,8 @@ class AiluRusImageProcessor(PilBackend):
 
         Args:
             images: one image or a list: PIL images of any mode, or uint8 arrays or tensors in either channel order.
-            segmentation_maps: label maps (height, width) of the same sizes, resized with nearest neighbours.
+            segmentation_maps: label maps (height, width) of the same sizes, integers of at most 32 bits. They are
+                resized with nearest neighbours, and are `ignore_index` where the image is filled.
             kwargs: any setting of the processor, for this call; `return_tensors="pt"` for tensors.
 
         Returns:
@@ -90,7 +186,7 @@ class AiluRusImageProcessor(PilBackend):
             width) int64.
 
         Raises:
-            ValueError: an image has NaN or infinite pixels.
+            ValueError: an image has NaN or infinite pixels, or a label map colours or fractions.
         """
         return super().preprocess(images, segmentation_maps, **kwargs)
 
@@ -122,25 +218,33 @@ class AiluRusImageProcessor(PilBackend):
             do_convert_rgb=False,
             input_data_format=ChannelDimension.FIRST,
         )
+        ignore_index = settings["ignore_index"]
         if settings["do_reduce_labels"]:
-            maps = [reduce_labels(labels, settings["ignore_index"]) for labels in maps]
+            maps = [reduce_labels(labels, ignore_index) for labels in maps]
         settings = {
             **settings,
             "resample": PILImageResampling.NEAREST,
             "do_rescale": False,
             "do_normalize": False,
         }
-        return [labels[0].astype(np.int64) for labels in self._preprocess(maps, **settings)["pixel_values"]]
+        maps = [_to_bytes(labels, ignore_index) for labels in maps]
+        return [_from_bytes(labels, ignore_index) for labels in self._preprocess(maps, **settings)["pixel_values"]]
 
     def post_process_semantic_segmentation(
-        self, outputs: Any, target_sizes: list[tuple[int, int]] | torch.Tensor | None = None
+        self,
+        outputs: Any,
+        target_sizes: list[tuple[int, int]] | torch.Tensor | None = None,
+        **settings: Unpack[AiluRusImageProcessorKwargs],
     ) -> list[torch.Tensor]:
         """Label maps from logits.
 
         Args:
             outputs: a model output with `logits` (batch_size, num_labels, height, width).
-            target_sizes: (height, width) of each map in pixels; the logits are resized to it before the classes are
-                compared. None keeps their size.
+            target_sizes: (height, width) of each map in pixels, those of the pictures that were prepared together. What
+                the processor filled is cut off, then the logits are resized before the classes are compared. Pixels
+                that a centre crop has cut off get the class of the nearest one that is left. None keeps the logits'
+                size.
+            settings: those of the call that prepared the pictures, where they differ from the processor's.
 
         Returns:
             One (height, width) int64 tensor of class ids per image.
@@ -153,11 +257,54 @@ class AiluRusImageProcessor(PilBackend):
             return list(logits.argmax(1))
         if len(target_sizes) != len(logits):
             raise ValueError(f"target_sizes must have one size per image, {len(logits)}, got {len(target_sizes)}")
-        sizes = [tuple(int(side) for side in size) for size in target_sizes]
+        areas = self.picture_areas([(int(height), int(width)) for height, width in target_sizes], **settings)
+        if settings.get("do_pad", self.do_pad):
+            # Some of a batch alone: the largest picture may not be among them.
+            height, width = logits.shape[-2:]
+            areas = [
+                area._replace(input_size=(max(area.input_size[0], height), max(area.input_size[1], width)))
+                for area in areas
+            ]
+        return [label_maps(image_logits[None], area)[0] for image_logits, area in zip(logits, areas, strict=True)]
+
+    def picture_areas(
+        self, sizes: list[tuple[int, int]], **settings: Unpack[AiluRusImageProcessorKwargs]
+    ) -> list[PictureArea]:
+        """Where pictures of these (height, width) in pixels lie in the model's input, prepared in one call.
+
+        Args:
+            sizes: of the pictures.
+            settings: those of the call, where they differ from the processor's.
+        """
+        names = ("do_resize", "size", "do_center_crop", "crop_size", "do_pad", "pad_size", "default_to_square")
+        chosen = self._standardize_kwargs(**{name: settings.get(name, getattr(self, name, None)) for name in names})
+        spans = [self._spans(size, chosen) for size in sizes]
+        if chosen["do_pad"] and chosen["pad_size"]:
+            inputs = [(chosen["pad_size"].height, chosen["pad_size"].width)] * len(sizes)
+        else:
+            inputs = [(rows.input_length, columns.input_length) for rows, columns in spans]
+            if chosen["do_pad"]:
+                inputs = [(max(height for height, _ in inputs), max(width for _, width in inputs))] * len(sizes)
         return [
-            F.interpolate(image_logits[None], size=size, mode="bilinear")[0].argmax(0)
-            for image_logits, size in zip(logits, sizes, strict=True)
+            PictureArea(input_size, rows, columns) for input_size, (rows, columns) in zip(inputs, spans, strict=True)
         ]
+
+    def _spans(self, size: tuple[int, int], settings: dict[str, Any]) -> tuple[Span, Span]:
+        resized = size
+        if settings["do_resize"]:
+            # The backend's own arithmetic: it has several kinds of sizes.
+            blank = np.zeros((1, *size), dtype=np.uint8)
+            resized = self.resize(blank, settings["size"], PILImageResampling.NEAREST).shape[-2:]
+        crop = (None, None)
+        if settings["do_center_crop"]:
+            crop = (settings["crop_size"].height, settings["crop_size"].width)
+        rows, columns = (_span(*axis) for axis in zip(size, resized, crop, strict=True))
+        if (rows.seen, columns.seen) != size:
+            logger.warning_once(
+                "do_center_crop cuts pictures off: the pixels beyond get the class of the nearest one that is left. "
+                "With do_center_crop=False the model sees whole pictures."
+            )
+        return rows, columns
 
 
 __all__ = ["AiluRusImageProcessor"]

@@ -88,6 +88,92 @@ def test_post_processing_wants_one_size_per_image():
         )
 
 
+def test_what_is_filled_does_not_count():
+    labels = np.ones((20, 30), dtype=np.uint8)
+    for settings, area in (
+        ({"do_pad": True, "pad_size": {"height": 24, "width": 40}}, np.s_[:20, :30]),
+        ({"do_center_crop": True, "crop_size": {"height": 24, "width": 40}}, np.s_[2:22, 5:35]),
+        ({"do_center_crop": True, "crop_size": {"height": 23, "width": 9}}, np.s_[2:22, :9]),
+    ):
+        for ignore_index in (255, -100, 9):
+            batch = AiluRusImageProcessor(**settings)(PIXELS, labels, ignore_index=ignore_index, return_tensors="np")
+            [found] = batch["labels"]
+            assert (found[area] == 1).all()
+            assert (found == ignore_index).sum() == found.size - found[area].size
+            assert batch["pixel_values"].shape[-2:] == found.shape
+
+
+def test_label_maps_hold_any_integer():
+    labels = np.array([[0, 254, 255, 256], [65535, -100, 2**31 - 1, -(2**31)]])
+    image = PIXELS[:2, :4]
+    processor = AiluRusImageProcessor(do_resize=True, size={"height": 4, "width": 8})
+    expected = labels.repeat(2, 0).repeat(2, 1)
+    for kind in (labels, labels.astype(np.int32), torch.tensor(labels), Image.fromarray(labels.astype(np.int32))):
+        found = processor(image, kind, return_tensors="np")["labels"][0]
+        np.testing.assert_array_equal(found, expected)
+    black_and_white = Image.fromarray(labels > 255)
+    np.testing.assert_array_equal(processor(image, black_and_white, return_tensors="np")["labels"][0], expected > 255)
+    with pytest.raises(ValueError, match="integers of at most 32 bits"):
+        processor(image, labels * 2)
+    with pytest.raises(ValueError, match="integers of at most 32 bits"):
+        processor(image, labels * 0.5)
+    with pytest.raises(ValueError, match="one label per pixel, got 3 channels"):
+        processor(image, [Image.fromarray(image)])
+
+
+def oracle(processor, sizes, scale=1, **settings):
+    """Label maps of pictures of these sizes, one with the pixel's class in place of its colour, and the classes."""
+    rng = np.random.default_rng(0)
+    # Blocks that resizing cannot blur away.
+    truths = [np.kron(rng.integers(3, size=(h // 8, w // 8)), np.ones((8, 8), dtype=np.int64)) for h, w in sizes]
+    images = [np.zeros((*size, 3), dtype=np.uint8) for size in sizes]
+    labels = processor(images, truths, return_tensors="pt", **settings)["labels"]
+    labels = labels[:, ::scale, ::scale]
+    filled = torch.where(labels == 255, 0, labels)  # a model says something there too
+    logits = torch.nn.functional.one_hot(filled, 3).permute(0, 3, 1, 2).float()
+    found = processor.post_process_semantic_segmentation(SimpleNamespace(logits=logits), sizes, **settings)
+    assert [tuple(labels.shape) for labels in found] == sizes
+    return [torch.tensor(truth) for truth in truths], found
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes", "scale"),
+    [
+        ({"do_pad": True, "pad_size": {"height": 64, "width": 64}}, [(48, 64)], 1),
+        ({"do_pad": True, "pad_size": {"height": 64, "width": 96}}, [(48, 64)], 1),
+        ({"do_pad": True}, [(48, 64), (96, 32), (16, 16)], 1),
+        ({"do_center_crop": True, "crop_size": {"height": 64, "width": 80}}, [(48, 64)], 1),
+        ({"do_resize": True, "size": {"height": 96, "width": 128}, "do_pad": True, "pad_size": 160}, [(48, 64)], 1),
+        ({"do_resize": True, "size": {"shortest_edge": 96}, "do_pad": True}, [(48, 64), (64, 48)], 1),
+    ],
+)  # fmt: skip
+def test_right_logits_give_right_labels(settings, sizes, scale):
+    for made, called in ((settings, {}), ({}, settings)):
+        for truth, found in zip(*oracle(AiluRusImageProcessor(**made), sizes, scale, **called), strict=True):
+            assert torch.equal(found, truth)
+
+
+def test_logits_of_lower_resolution_are_cut_too():
+    [truth], [found] = oracle(AiluRusImageProcessor(do_pad=True, pad_size={"height": 64, "width": 96}), [(48, 64)], 4)
+    assert (found == truth).float().mean() > 0.85  # the rest is on the borders, which bilinear resizing moves
+
+
+def test_a_picture_of_a_padded_batch_alone():
+    processor = AiluRusImageProcessor(do_pad=True)
+    logits = torch.zeros(1, 2, 40, 40)
+    logits[:, 1, :20, :20] = 1
+    [found] = processor.post_process_semantic_segmentation(SimpleNamespace(logits=logits), [(20, 20)])
+    assert (found == 1).all()
+
+
+def test_pixels_that_a_crop_cuts_off_get_the_nearest_class():
+    settings = {"do_center_crop": True, "crop_size": {"height": 16, "width": 24}}
+    [truth], [found] = oracle(AiluRusImageProcessor(**settings), [(32, 40)])
+    assert torch.equal(found[8:24, 8:32], truth[8:24, 8:32])
+    assert torch.equal(found[:8, 8:32], truth[8, 8:32].expand(8, -1))
+    assert torch.equal(found[8:24, 32:], truth[8:24, 31:32].expand(-1, 8))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_refuses_pixels_that_are_not_finite(bad):
     image = PIXELS.astype(np.float32)
