@@ -1,7 +1,6 @@
 """`ailurus-hf predict`: pictures to label maps."""
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,11 +36,12 @@ def predict(
     on the picture) and NAME.json (the classes and the share of pixels each has).
     """
     from ..data.images import list_images, read_image
+    from ..data.label_maps import check_equal_names
     from ..evaluation import segment_image
     from ..visualization import model_palette
 
     files = list_images(images)
-    _refuse_equal_names(files)
+    check_equal_names(files, [file.stem for file in files], "be written as {}.*")
     check_output_directory(out, overwrite=True)  # it would be a pity to find out after the model has run
     network = load_on_device(model, device, dtype, keep_ratio=keep_ratio, cluster_layer=cluster_layer)
     processor, palette = load_processor(model), model_palette(network.config)
@@ -61,15 +61,6 @@ def predict(
         summary = ", ".join(f"{entry['name']} {entry['share']:.0%}" for entry in shares)
         typer.echo(f"{report['image']}: {summary}")
     typer.echo(f"written to {out}: {len(files)} x .labels.png, .overlay.png, .json")
-
-
-def _refuse_equal_names(files: list[Path]) -> None:
-    stem, count = Counter(file.stem for file in files).most_common(1)[0]
-    if count > 1:
-        same = ", ".join(str(file) for file in files if file.stem == stem)
-        raise ValueError(
-            f"{count} pictures would all be written as {stem}.*: {same}; predict them into separate folders"
-        )
 
 
 def _describe(file: Path, picture: "Image.Image", result: "Segmentation", names: list[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
@@ -51,6 +52,14 @@ def reduce_labels(labels: np.ndarray, ignore_index: int = IGNORE_INDEX, num_labe
     if ignore_index < 0 or (num_labels is not None and ignore_index > num_labels):
         ignored |= labels == ignore_index
     return np.where(ignored, ignore_index, labels.astype(np.int64) - 1)
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Greys of 16 bits scaled to 8, where Pillow would clip them at 255; other pictures as they are."""
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.int64)
+    return Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8))
 
 
 def _to_bytes(labels: np.ndarray, ignore_index: int) -> np.ndarray:
@@ -189,6 +198,11 @@ class AiluRusImageProcessor(PilBackend):
             ValueError: an image has NaN or infinite pixels, or a label map colours or fractions.
         """
         return super().preprocess(images, segmentation_maps, **kwargs)
+
+    def convert_to_rgb(self, image: Any, input_data_format: ChannelDimension | None = None) -> np.ndarray:
+        """As the backend does, greys of 16 bits scaled."""
+        image = eight_bits(image) if isinstance(image, Image.Image) else image
+        return super().convert_to_rgb(image, input_data_format=input_data_format)
 
     def _preprocess_image_like_inputs(
         self,
