@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..utils.classes import class_names
 from .options import ClusterLayer, Device, Dtype, KeepRatio, Model, load_on_device, load_processor
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def save_figure(
     from ..visualization import adaptive_resolution_figure, model_palette
 
     config = model.config
-    names = [config.id2label[label] for label in range(config.num_labels)]
+    names = class_names(config.id2label, config.num_labels)
     figure = adaptive_resolution_figure(picture, dense, merged, model_palette(config), names)
     with atomic_file(out) as path:
         figure.savefig(path)

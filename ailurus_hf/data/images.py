@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..modeling.image_processing_ailurus import eight_bits
 
-__all__ = ["IMAGE_SUFFIXES", "ImageFileError", "list_images", "opened", "read_image"]
+__all__ = ["IMAGE_SUFFIXES", "ImageFileError", "is_litter", "list_images", "opened", "read_image"]
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # What file managers leave in folders of pictures; macOS also writes a file ._NAME for each NAME on foreign disks.

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..utils.classes import class_names
 from ..utils.extras import needs_extra
 from ..utils.files import read_json_object
 from .images import read_image
@@ -88,7 +89,8 @@ class SegmentationFolder(Sequence[LabelledImage]):
         folder = _existing(Path(root) / split)
         file = Path(root) / "classes.json"
         classes = read_json_object(file, "id2label") if file.is_file() else {}
-        names = {int(index): name for index, name in classes.get("id2label", {}).items()} or None
+        given = classes.get("id2label") or {}
+        names = dict(enumerate(class_names(given, max(map(int, given)) + 1))) if given else None
         rule = LabelRule(len(names) if names else None, classes.get("ignore_index", 255))
         return cls(pair_files(folder / "images", folder / "labels"), rule, names, classes.get("palette"))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..data.images import ImageFileError
 from ..modeling.image_processing_ailurus import PictureArea, Span, label_maps
 from ..registry import architecture_of, has_architecture
 from .sliding_window import sliding_window_logits
@@ -140,9 +141,12 @@ def segment_image(
         sliding_window, flip, scales: the views, see `class_scores`.
 
     Raises:
+        ImageFileError: the picture, or a view of it, is smaller than a patch.
         ValueError: as in `class_scores`.
     """
     pixel_values = image_processor(image, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+    if not sliding_window:  # windows are enlarged to their size
+        _check_size(model.config, [min(scales, default=1) * side for side in pixel_values.shape[-2:]])
     area = _picture_area(image_processor, image, (pixel_values.shape[-2], pixel_values.shape[-1]))
     if sliding_window or flip or tuple(scales) != (1.0,):
         scores = _scores(model, pixel_values, area, sliding_window, flip, scales)
@@ -150,6 +154,17 @@ def segment_image(
     # One view of the whole picture: the only case with clusters to tell of.
     output = model(pixel_values)
     return Segmentation(label_maps(output.logits, area)[0].cpu().numpy(), _cluster_maps(model.config, output, area))
+
+
+def _check_size(config: Any, size: Sequence[float]) -> None:
+    """A picture's fault, told apart from those of the model and its settings."""
+    patch = getattr(config, "patch_size", None)
+    height, width = (max(round(side), 1) for side in size)
+    if isinstance(patch, int) and min(height, width) < patch:
+        raise ImageFileError(
+            f"pixel_values must be at least one patch of {patch} x {patch} pixels, got height and width "
+            f"{(height, width)}"
+        )
 
 
 def _picture_area(image_processor: Any, image: Image.Image, input_size: tuple[int, int]) -> PictureArea:

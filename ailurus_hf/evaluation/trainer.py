@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..utils.classes import class_names
 from .segmentation import ConfusionMatrix
 
 __all__ = ["SegmentationMetrics", "predictions_from_logits"]
@@ -46,7 +47,8 @@ class SegmentationMetrics:
             return {}
         scores = {"mean_iou": self.matrix.mean_iou(), "pixel_accuracy": self.matrix.pixel_accuracy()}
         if self.id2label is not None:
-            scores |= {f"iou_{self.id2label[index]}": iou for index, iou in enumerate(self.matrix.iou().tolist())}
+            names = class_names(self.id2label, self.matrix.num_labels)
+            scores |= {f"iou_{name}": iou for name, iou in zip(names, self.matrix.iou().tolist(), strict=True)}
         self.matrix.reset()
         return scores
 

@@ -94,8 +94,9 @@ def test_first_of_what_phones_drones_and_scanners_write(tmp_path):
     np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "a.tif")), PIXELS)
     first.resize((15, 10)).save(tmp_path / "a.tif", save_all=True, append_images=[first])  # the preview first
     np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "a.tif")), PIXELS)
-    other.encoderinfo = {"tiffinfo": {254: 4}}  # a mask of the same size
-    first.save(tmp_path / "a.tif", save_all=True, append_images=[other])
+    mask = Image.new("RGB", (30, 20))
+    mask.encoderinfo = {"tiffinfo": {254: 4}}  # of the picture's size
+    first.save(tmp_path / "a.tif", save_all=True, append_images=[mask])
     np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "a.tif")), PIXELS)
     first.save(tmp_path / "a.tif", save_all=True, append_images=[first])
     with pytest.raises(ImageFileError, match=r"a\.tif is animated \(2 frames\)"):

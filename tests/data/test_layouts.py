@@ -35,6 +35,15 @@ def test_camvid_layout(tmp_path):
     assert train[2].name.endswith("002.png")
 
 
+def test_camvid_classes_with_holes_and_of_one_name(tmp_path):
+    write_camvid(tmp_path)
+    (tmp_path / "classes.json").write_text(json.dumps({"id2label": {"0": "a", "3": "a"}, "ignore_index": IGNORE}))
+    source = SegmentationFolder.camvid(tmp_path)
+    assert source.id2label == {0: "a (0)", 1: "LABEL_1", 2: "LABEL_2", 3: "a (3)"}
+    assert source.rule.num_labels == NUM_LABELS
+    assert source[0].labels.shape == (40, 56)
+
+
 def test_camvid_without_classes_leaves_labels_unchecked(tmp_path):
     (write_camvid(tmp_path) / "classes.json").unlink()
     source = SegmentationFolder.camvid(tmp_path)

@@ -215,6 +215,24 @@ def test_evaluate_names_the_classes():
     assert (found["iou/a"], found["iou/b"], found["mean_iou"]) == (0.5, 0, 0.25)
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({0: "a", 2: "c"}, ["a", "LABEL_1", "c", "LABEL_3"]),
+        ({"0": "a", "1": "b", "2": "c", "3": "d"}, ["a", "b", "c", "d"]),
+        ({0: "wall", 1: "b", 2: "wall", 3: "d"}, ["wall (0)", "b", "wall (2)", "d"]),
+    ],
+)
+def test_no_class_is_lost_for_its_name(names, expected):
+    metric = load_metric("mean_iou", **CLASSES, id2label=names)
+    found = metric.compute(predictions=[[[0, 1, 2, 3]]], references=[[[0, 1, 2, 3]]])
+    assert [key.removeprefix("iou/") for key in found if key.startswith("iou/")] == expected
+    assert list(ConfusionMatrix(**CLASSES).summary(names)["iou"]) == expected
+    trainer = SegmentationMetrics(NUM, IGNORE, names)
+    labels = np.zeros((1, 2, 2), dtype=int)
+    assert [key[4:] for key in trainer(EvalPrediction(labels, labels)) if key.startswith("iou_")] == expected
+
+
 def test_evaluate_modules_combine_and_keep_nothing_on_disk(tmp_path, monkeypatch):
     both = evaluate.combine([load_metric(name, **CLASSES) for name in ("mean_iou", "boundary_f")])
     prediction, truth = pictures(2, 1)[0]
