@@ -1,6 +1,6 @@
 """From a picture to its label map."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..data.images import ImageFileError
-from ..modeling.image_processing_ailurus import PictureArea, Span, label_maps
+from ..modeling.image_processing_ailurus import PictureArea, Span, label_maps, resized_strips
 from ..registry import architecture_of, has_architecture
 from .sliding_window import sliding_window_logits
 
@@ -107,19 +107,65 @@ def _scores(
     scales: Sequence[float],
 ) -> Tensor:
     """`class_scores` of what the model sees of the picture, (B, num_labels, rows.seen, columns.seen)."""
+    size = (area.rows.seen, area.columns.seen)
+    views = _views(model, pixel_values, area, sliding_window, flip, scales)
+    count = len(scales) * (1 + flip)
+    if count == 1:
+        return _resize(next(views), size)
+    # A running sum: a view is forgotten before the next one is made.
+    total = torch.zeros(())
+    for logits in views:
+        if not total.ndim:
+            total = logits.new_zeros(*logits.shape[:2], *size)
+        for columns, strip in resized_strips(logits, size):
+            total[..., columns] += strip.softmax(1)
+        del logits
+    return total.div_(count)
+
+
+def _label_map_of_views(
+    model: PreTrainedModel,
+    pixel_values: Tensor,
+    area: PictureArea,
+    sliding_window: bool,
+    flip: bool,
+    scales: Sequence[float],
+) -> Tensor:
+    """(rows.seen, columns.seen) class with the largest of `_scores`, for one picture."""
+    size = (area.rows.seen, area.columns.seen)
+    height, width = pixel_values.shape[-2:]
+    if height * width * sum(scale**2 for scale in scales) * (1 + flip) > size[0] * size[1]:
+        return _scores(model, pixel_values, area, sliding_window, flip, scales)[0].argmax(0)
+    # The views together are smaller than the picture: they are kept, and added up strip by strip.
+    views = list(_views(model, pixel_values, area, sliding_window, flip, scales))
+    tallest = max(logits.shape[-2] for logits in views)
+    strips = [resized_strips(logits, size, tallest) for logits in views]
+    labels = torch.empty(size, dtype=torch.int64, device=pixel_values.device)
+    for columns, strip in strips[0]:
+        total = strip.softmax(1)
+        for others in strips[1:]:
+            total += next(others)[1].softmax(1)
+        labels[:, columns] = total.div_(len(views))[0].argmax(0)
+    return labels
+
+
+def _views(
+    model: PreTrainedModel,
+    pixel_values: Tensor,
+    area: PictureArea,
+    sliding_window: bool,
+    flip: bool,
+    scales: Sequence[float],
+) -> Iterator[Tensor]:
+    """Logits of one view after the other, at the model's resolution and of the picture alone."""
     if not scales or min(scales) <= 0:
         raise ValueError(f"scales must be one or more numbers above 0, got {list(scales)}")
-    size = (area.rows.seen, area.columns.seen)
-    views = []
     for scale in scales:
         height, width = (max(round(side * scale), 1) for side in pixel_values.shape[-2:])
         view = _resize(pixel_values, (height, width))
-        views.append(_resize(area.cut(_logits(model, view, sliding_window)), size))
+        yield area.cut(_logits(model, view, sliding_window))
         if flip:
-            views.append(_resize(area.cut(_logits(model, view.flip(-1), sliding_window).flip(-1)), size))
-    if len(views) == 1:
-        return views[0]
-    return torch.stack([logits.softmax(1) for logits in views]).mean(0)
+            yield area.cut(_logits(model, view.flip(-1), sliding_window).flip(-1))
 
 
 @torch.no_grad()
@@ -149,8 +195,8 @@ def segment_image(
         _check_size(model.config, [min(scales, default=1) * side for side in pixel_values.shape[-2:]])
     area = _picture_area(image_processor, image, (pixel_values.shape[-2], pixel_values.shape[-1]))
     if sliding_window or flip or tuple(scales) != (1.0,):
-        scores = _scores(model, pixel_values, area, sliding_window, flip, scales)
-        return Segmentation(area.whole(scores[0].argmax(0)).cpu().numpy())
+        labels = _label_map_of_views(model, pixel_values, area, sliding_window, flip, scales)
+        return Segmentation(area.whole(labels).cpu().numpy())
     # One view of the whole picture: the only case with clusters to tell of.
     output = model(pixel_values)
     return Segmentation(label_maps(output.logits, area)[0].cpu().numpy(), _cluster_maps(model.config, output, area))

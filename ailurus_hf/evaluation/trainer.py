@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..modeling.image_processing_ailurus import resized_label_maps
 from ..utils.classes import class_names
 from .segmentation import ConfusionMatrix
 
@@ -20,9 +21,9 @@ def predictions_from_logits(logits: Tensor | tuple[Tensor, ...], labels: Tensor)
         labels: (B, H, W); smaller logits are resized to them, bilinear.
     """
     scores = logits if isinstance(logits, Tensor) else logits[0]
-    if scores.shape[-2:] != labels.shape[-2:]:
-        scores = torch.nn.functional.interpolate(scores.float(), size=tuple(labels.shape[-2:]), mode="bilinear")
-    return scores.argmax(1)
+    if scores.shape[-2:] == labels.shape[-2:]:
+        return scores.argmax(1)
+    return resized_label_maps(scores.float(), (labels.shape[-2], labels.shape[-1]))
 
 
 class SegmentationMetrics:

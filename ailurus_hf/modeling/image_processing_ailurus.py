@@ -1,6 +1,7 @@
 """Image processor for AiluRus models. Needs Pillow and numpy, no torchvision."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers.utils import TensorType, logging
 
 logger = logging.get_logger(__name__)
 
+STRIP = 2**26  # logits that are resized at a time: 256 MB of float32
 IGNORE_INDEX = 255  # transformers' own: what reducing labels turns 0 into, and leaves as it is
 
 
@@ -139,8 +141,87 @@ class PictureArea(NamedTuple):
 def label_maps(logits: torch.Tensor, area: PictureArea) -> torch.Tensor:
     """(batch_size, num_labels, h, w) logits of the model's input -> (batch_size, height, width) int64 class ids of the
     picture that lies there."""
-    size = (area.rows.seen, area.columns.seen)
-    return area.whole(F.interpolate(area.cut(logits), size=size, mode="bilinear").argmax(1))
+    return area.whole(resized_label_maps(area.cut(logits), (area.rows.seen, area.columns.seen)))
+
+
+def resized_label_maps(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Largest class of logits that are resized (bilinear), without all classes at that size in memory.
+
+    Args:
+        logits: (batch_size, num_labels, h, w).
+        size: (height, width) of the result.
+
+    Returns:
+        (batch_size, height, width) int64: those of `interpolate(logits, size).argmax(1)`.
+    """
+    if logits.dtype in (torch.float16, torch.bfloat16) and logits[:, :, 0, 0].numel() * math.prod(size) > STRIP:
+        return _resized_label_maps_by_class(logits, size)
+    labels = torch.empty(len(logits), *size, dtype=torch.int64, device=logits.device)
+    for columns, strip in resized_strips(logits, size):
+        labels[..., columns] = strip.argmax(1)
+    return labels
+
+
+def resized_strips(
+    logits: torch.Tensor, size: tuple[int, int], tallest: int = 0
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Logits resized (bilinear), some columns at a time.
+
+    Rows are interpolated first, then columns: the sums of doing both at once, in the same order.
+
+    Args:
+        logits: (batch_size, num_labels, h, w) float32 or float64.
+        size: (height, width) of the whole result.
+        tallest: largest h of all logits whose strips are to have the same columns.
+
+    Yields:
+        The columns, and their logits (batch_size, num_labels, height, columns).
+    """
+    batch_size, num_labels, rows, columns = logits.shape
+    height, width = size
+    count = max(STRIP // (batch_size * num_labels * max(height, rows, tallest)), 1)
+    # A label map takes as much as two or three classes; the backend has ways of its own for so few.
+    if count >= width or num_labels <= 3:
+        yield slice(0, width), _resized(logits, size)
+        return
+    # As many columns at a time as the logits have: no more memory than those take.
+    group = count * math.ceil(columns / count)
+    for start in range(0, width, group):
+        stop = min(start + group, width)
+        across = logits[..., start:stop] if columns == width else _across(logits, width, start, stop)
+        for first in range(start, stop, count):
+            last = min(first + count, stop)
+            strip = across[..., first - start : last - start].contiguous()
+            yield slice(first, last), _resized(strip, (height, last - first))
+
+
+def _across(logits: torch.Tensor, width: int, start: int, stop: int) -> torch.Tensor:
+    """Columns of logits resized along the rows."""
+    rows = logits.shape[-2]
+    classes = (_resized(one, (rows, width))[..., start:stop] for one in logits.split(1, dim=1))
+    across = logits.new_empty(*logits.shape[:3], stop - start)
+    for index, one in enumerate(classes):
+        across[:, index] = one[:, 0]
+    return across
+
+
+def _resized_label_maps_by_class(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """For half precision, whose sums are rounded once: rows and columns one after the other would round twice."""
+    layout = torch.channels_last if logits.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    # Four or more: the backend has another way for fewer where the classes lie side by side in memory.
+    first, *others = logits.tensor_split(max(logits.shape[1] // 4, 1), dim=1)
+    best, labels = _resized(first.contiguous(memory_format=layout), size).max(1)
+    index = first.shape[1]
+    for some in others:
+        scores, classes = _resized(some.contiguous(memory_format=layout), size).max(1)
+        labels = torch.where(scores > best, classes + index, labels)
+        best = torch.maximum(best, scores)
+        index += some.shape[1]
+    return labels
+
+
+def _resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return maps if maps.shape[-2:] == size else F.interpolate(maps, size=size, mode="bilinear")
 
 
 def _span(total: int, resized: int, crop: int | None) -> Span:

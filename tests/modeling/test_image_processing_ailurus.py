@@ -5,10 +5,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
 from ailurus_hf import AiluRusImageProcessor
 from ailurus_hf.data import LabelRule
+from ailurus_hf.modeling import image_processing_ailurus
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
@@ -172,6 +175,53 @@ def test_pixels_that_a_crop_cuts_off_get_the_nearest_class():
     assert torch.equal(found[8:24, 8:32], truth[8:24, 8:32])
     assert torch.equal(found[:8, 8:32], truth[8, 8:32].expand(8, -1))
     assert torch.equal(found[8:24, 32:], truth[8:24, 31:32].expand(-1, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((1, 19, 40, 52), (300, 421)),
+        ((2, 5, 64, 33), (150, 411)),
+        ((1, 150, 200, 150), (151, 140)),  # smaller
+        ((1, 7, 12, 500), (333, 101)),
+        ((1, 6, 200, 300), (600, 300)),  # along one axis
+        ((1, 3, 70, 80), (200, 210)),
+        ((1, 2, 70, 80), (200, 210)),
+    ],
+)
+def test_label_maps_in_strips_equal_the_whole(monkeypatch, dtype, layout, shape, size):
+    logits = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+    expected = torch.nn.functional.interpolate(logits, size=size, mode="bilinear").argmax(1)
+    for strip in (2**26, 70_000, 30_000):
+        monkeypatch.setattr(image_processing_ailurus, "STRIP", strip)
+        assert torch.equal(image_processing_ailurus.resized_label_maps(logits, size), expected)
+
+
+class Largest(TorchDispatchMode):
+    """Number of elements of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_does_not_grow_with_the_classes(monkeypatch, dtype):
+    monkeypatch.setattr(image_processing_ailurus, "STRIP", 2**19)
+    processor, size = AiluRusImageProcessor(), (600, 800)
+    outputs = SimpleNamespace(logits=torch.randn(1, 150, 32, 43, dtype=dtype))
+    with Largest() as largest:
+        [found] = processor.post_process_semantic_segmentation(outputs, [size])
+    assert found.shape == size
+    # The map itself, or the four to seven classes that half precision takes at a time; all classes would be 72 million.
+    assert largest.elements <= (2**19 if dtype == torch.float32 else 5 * 600 * 800)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
