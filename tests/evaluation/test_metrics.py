@@ -167,6 +167,40 @@ def test_hand_made_depth():
     assert all(math.isnan(value) for value in unknown.compute().values())
 
 
+def test_disparity_is_scored_as_the_depth_it_means():
+    """What Depth Anything and DPT predict: inverse depth up to scale and shift."""
+    rng = np.random.default_rng(0)
+    depth = torch.tensor(rng.uniform(1, 10, (24, 32)))
+    disparity = 37 / depth - 1.5
+    scores = {}
+    for align in ("median", "least_squares", "disparity"):
+        metric = load_metric("depth", align=align)
+        scores[align] = metric.compute(predictions=[disparity], references=[depth])
+    assert scores["disparity"]["abs_rel"] == pytest.approx(0, abs=1e-6)
+    assert scores["disparity"]["delta1"] == 1
+    assert min(scores["median"]["abs_rel"], scores["least_squares"]["abs_rel"]) > 0.2
+    truth = depth.clone()
+    truth[:4] = torch.nan
+    truth[4:6] = 0
+    masked = DepthErrors(align="disparity")
+    masked.update(disparity.where(truth > 0, 1e6), truth)  # what does not count has no part in the fit
+    assert masked.compute()["rmse"] == pytest.approx(0, abs=1e-9)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([None, 8.0]))
+def test_disparity_equals_a_fit_by_numpy(seed, max_depth):
+    rng = np.random.default_rng(seed)
+    pairs = [(rng.uniform(-1, 20, (4, 5)), rng.uniform(0.2, 12, (4, 5))) for _ in range(2)]
+    aligned = []
+    for prediction, truth in pairs:
+        counted = (truth > 0.1) & (truth <= (max_depth or np.inf))
+        scale, shift = np.polyfit(prediction[counted], 1 / truth[counted], 1)
+        farthest = max_depth or truth.max()
+        aligned.append((1 / np.maximum(scale * prediction + shift, 1 / farthest), truth))
+    found = filled(DepthErrors(0.1, max_depth, "disparity"), pairs).compute()
+    assert found == pytest.approx(reference.depth_errors(aligned, 0.1, max_depth or np.inf))
+
+
 def test_mistakes_are_explained():
     ones = torch.ones(2, 2, dtype=torch.int64)
     for counter in (ConfusionMatrix(2), BoundaryScore(2)):
