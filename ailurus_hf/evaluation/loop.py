@@ -20,7 +20,7 @@ from ..utils.classes import class_names
 from ..utils.extras import needs_extra
 from .accumulator import Accumulator
 from .boundary import BoundaryScore
-from .inference import Segmentation, segment_image
+from .inference import Segmentation, class_scores, segment_image
 from .segmentation import Agreement, ConfusionMatrix, number_or_none
 
 __all__ = ["BudgetResult", "EvaluationReport", "evaluate_segmentation"]
@@ -36,7 +36,8 @@ class BudgetResult:
         agreement: with the dense model's classes, over all pixels.
         boundary: counts of boundary pixels, if they were asked for.
         seconds: from picture to label map, one entry for every picture.
-        gflops: 1e9 floating-point operations of the model for the first picture; None where they cannot be counted.
+        gflops: 1e9 floating-point operations of the model for the first picture, all its views and windows; None where
+            they cannot be counted.
     """
 
     keep_ratio: float
@@ -185,7 +186,11 @@ def _empty_results(
 
 
 def _evaluate_picture(
-    model: PreTrainedModel, image_processor: Any, sample: LabelledImage, results: list[BudgetResult], views: Any
+    model: PreTrainedModel,
+    image_processor: Any,
+    sample: LabelledImage,
+    results: list[BudgetResult],
+    views: dict[str, Any],
 ) -> None:
     """Predict one picture at all budgets, and count."""
     found: dict[float, Segmentation] = {}
@@ -215,11 +220,15 @@ def _evaluate_picture(
             result.boundary.update(labels, truth)
         result.seconds += times[str(result.keep_ratio)]
         if first:
-            result.gflops = _gflops(model, image_processor, sample, result.keep_ratio)
+            result.gflops = _gflops(model, image_processor, sample, result.keep_ratio, views)
 
 
-def _gflops(model: PreTrainedModel, image_processor: Any, sample: LabelledImage, keep_ratio: float) -> float | None:
+def _gflops(
+    model: PreTrainedModel, image_processor: Any, sample: LabelledImage, keep_ratio: float, views: dict[str, Any]
+) -> float | None:
+    """Of all the forwards that one picture takes."""
     if not has_architecture(model.config):
         return None
-    size = image_processor(sample.image, return_tensors="pt")["pixel_values"].shape[-2:]
-    return count_flops(model, *size, keep_ratio=keep_ratio, num_clusters=None) / 1e9
+    height, width = image_processor(sample.image, return_tensors="pt")["pixel_values"].shape[-2:]
+    run = partial(class_scores, **views)
+    return count_flops(model, height, width, run, keep_ratio=keep_ratio, num_clusters=None) / 1e9

@@ -1,6 +1,7 @@
 """Metrics against loops over pixels, hand-made cases, and as modules of the `evaluate` library."""
 
 import math
+import time
 
 import evaluate
 import numpy as np
@@ -71,6 +72,30 @@ def test_boundary_score_equals_loops(seed, tolerance):
     pairs = pictures(seed)
     score = filled(BoundaryScore(NUM, IGNORE, tolerance), pairs)
     np.testing.assert_allclose(score.f_score(), reference.boundary_f(pairs, NUM, IGNORE, tolerance))
+
+
+@pytest.mark.parametrize("size", [(7, 90), (40, 33)])
+def test_boundaries_at_larger_distances_equal_loops(size):
+    rng = np.random.default_rng(0)
+    truth = np.kron(rng.integers(3, size=(-(-size[0] // 8), -(-size[1] // 8))), np.ones((8, 8), dtype=int))
+    truth = truth[: size[0], : size[1]]
+    truth[2:4, 5:20] = IGNORE
+    pairs = [(np.roll(np.where(truth == IGNORE, 0, truth), 3, 1), truth)]
+    for tolerance in (0.02, 0.05, 3 / math.hypot(*size), 5 / math.hypot(*size)):  # 5 is a distance between pixels
+        score = filled(BoundaryScore(NUM, IGNORE, tolerance), pairs)
+        np.testing.assert_allclose(score.f_score(), reference.boundary_f(pairs, NUM, IGNORE, tolerance))
+
+
+def test_boundaries_of_many_classes_take_no_longer_with_the_radius():
+    truth = torch.tensor(np.kron(np.random.default_rng(0).integers(19, size=(32, 64)), np.ones((8, 8), dtype=int)))
+    seconds = {}
+    for tolerance in (0.0075, 0.1):
+        score = BoundaryScore(19, tolerance=tolerance)
+        start = time.process_time()
+        score.update(truth.roll(2, 1), truth)
+        seconds[tolerance] = time.process_time() - start
+        assert score.mean_f_score() > 0.99
+    assert seconds[0.1] < 10 * seconds[0.0075]  # a disk of that radius has 180 times as many pixels
 
 
 @given(st.integers(0, 10_000))
