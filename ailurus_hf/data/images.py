@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..modeling.image_processing_ailurus import eight_bits
@@ -83,7 +84,10 @@ def read_image(source: str | Path | bytes | Image.Image, name: str | None = None
             raise ImageFileError(f"{name} has floating-point pixels; expected 8 or 16 bits per channel")
         image.load()
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        upright = eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):
+            upright = Image.fromarray(eight_bits(np.asarray(upright)))
+        upright = upright.convert("RGB")
         upright.info["orientation"] = orientation if orientation in range(1, 9) else 1
         return upright
 

@@ -6,11 +6,10 @@ from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn import functional as F
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import ChannelDimension, ImageInput, PILImageResampling
+from transformers.image_utils import ChannelDimension, ImageInput, ImageType, PILImageResampling, get_image_type
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType, logging
 
@@ -56,12 +55,9 @@ def reduce_labels(labels: np.ndarray, ignore_index: int = IGNORE_INDEX, num_labe
     return np.where(ignored, ignore_index, labels.astype(np.int64) - 1)
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """Greys of 16 bits scaled to 8, where Pillow would clip them at 255; other pictures as they are."""
-    if not image.mode.startswith("I"):
-        return image
-    values = np.asarray(image).astype(np.int64)
-    return Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8))
+def eight_bits(greys: np.ndarray) -> np.ndarray:
+    """Greys of 16 bits (height, width) scaled to uint8, where Pillow would clip them at 255."""
+    return (greys.astype(np.int64).clip(0, 65535) // 257).astype(np.uint8)
 
 
 def _to_bytes(labels: np.ndarray, ignore_index: int) -> np.ndarray:
@@ -282,7 +278,8 @@ class AiluRusImageProcessor(PilBackend):
 
     def convert_to_rgb(self, image: Any, input_data_format: ChannelDimension | None = None) -> np.ndarray:
         """As the backend does, greys of 16 bits scaled."""
-        image = eight_bits(image) if isinstance(image, Image.Image) else image
+        if get_image_type(image) == ImageType.PIL and image.mode.startswith("I"):
+            return np.repeat(eight_bits(np.asarray(image))[..., None], 3, axis=-1)
         return super().convert_to_rgb(image, input_data_format=input_data_format)
 
     def _preprocess_image_like_inputs(

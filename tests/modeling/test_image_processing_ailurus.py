@@ -43,6 +43,14 @@ def test_pil_images_of_every_mode_become_rgb(mode):
     assert AiluRusImageProcessor()(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 20, 30)
 
 
+@pytest.mark.parametrize("mode", [np.uint16, np.int32])
+def test_sixteen_bits_are_scaled_not_clipped(mode):
+    grey = np.array([[0, 257, 32896, 65535]], dtype=mode)
+    settings = {"do_rescale": False, "do_normalize": False, "return_tensors": "np"}
+    values = AiluRusImageProcessor()(Image.fromarray(grey), **settings)["pixel_values"]
+    assert values.tolist() == [[[[0, 1, 128, 255]]] * 3]
+
+
 def test_label_maps_are_resized_without_mixing_classes():
     labels = np.arange(600, dtype=np.int32).reshape(20, 30) % 5
     processor = AiluRusImageProcessor(do_resize=True, size={"height": 40, "width": 60})
