@@ -9,7 +9,17 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from .options import ClusterLayer, Device, Dtype, Json, Model, SlidingWindow, load_on_device, load_processor
+from .options import (
+    ClusterLayer,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    SkipUnreadable,
+    SlidingWindow,
+    load_on_device,
+    load_processor,
+)
 
 if TYPE_CHECKING:
     from ..evaluation import EvaluationReport
@@ -21,7 +31,10 @@ def evaluate(
     model: Model,
     images: Annotated[Path, typer.Option(help="Folder of pictures.")],
     labels: Annotated[
-        Path, typer.Option(help="Folder of label maps: NAME.png for each picture NAME, class ids as pixel values.")
+        Path,
+        typer.Option(
+            help="Folder of label maps: NAME.png or NAME.tif for each picture NAME, class ids as pixel values."
+        ),
     ],
     keep_ratio: Annotated[
         list[float] | None,
@@ -45,9 +58,7 @@ def evaluate(
     ] = None,
     boundary: Annotated[bool, typer.Option("--boundary", help="Score the classes' boundaries too.")] = False,
     per_class: Annotated[bool, typer.Option("--per-class", help="Print the IoU of every class too.")] = False,
-    skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Go on past damaged files, and list them.")
-    ] = False,
+    skip_unreadable: SkipUnreadable = False,
     device: Device = "auto",
     dtype: Dtype = None,
     as_json: Json = False,

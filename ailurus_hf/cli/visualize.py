@@ -57,6 +57,7 @@ def save_figure(
     from ..visualization import adaptive_resolution_figure, model_palette
 
     config = model.config
-    figure = adaptive_resolution_figure(picture, dense, merged, model_palette(config), class_names(config))
+    names = class_names(config.id2label, config.num_labels)
+    figure = adaptive_resolution_figure(picture, dense, merged, model_palette(config), names)
     with atomic_file(out) as path:
         figure.savefig(path)

@@ -310,7 +310,10 @@ def _label_notes(config: Any, plan: Plan) -> tuple[str, ...]:
     """What may be meant in names and labels of a segmentation model or classifier, and often is not."""
     if plan.config.get("num_labels") is None:
         return ()
-    names = class_names(config) if _segments(plan) else [config.id2label[index] for index in range(config.num_labels)]
+    if _segments(plan) and config.num_labels == 1:
+        names = class_names(config.id2label, config.num_labels)
+    else:
+        names = [config.id2label[index] for index in range(config.num_labels)]
     notes: tuple[str, ...] = ()
     if empty := [index for index, name in enumerate(names) if not name.strip()]:
         notes += (f"no name for class {_some(empty)}; set them with --labels",)

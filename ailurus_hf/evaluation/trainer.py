@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modeling.label_maps import BACKGROUND, labels_of_logits
+from ..modeling.image_processing_ailurus import resized_label_maps
+from ..modeling.label_maps import class_names, labels_of_logits
 from .segmentation import ConfusionMatrix
 
 __all__ = ["SegmentationMetrics", "predictions_from_logits"]
@@ -23,9 +24,9 @@ def predictions_from_logits(
         binary_threshold: probability above which a pixel is class 1, where the logits have one channel.
     """
     scores = logits if isinstance(logits, Tensor) else logits[0]
-    if scores.shape[-2:] != labels.shape[-2:]:
-        scores = torch.nn.functional.interpolate(scores.float(), size=tuple(labels.shape[-2:]), mode="bilinear")
-    return labels_of_logits(scores, binary_threshold)
+    if scores.shape[-2:] == labels.shape[-2:]:
+        return labels_of_logits(scores, binary_threshold)
+    return resized_label_maps(scores.float(), (labels.shape[-2], labels.shape[-1]), binary_threshold)
 
 
 class SegmentationMetrics:
@@ -42,8 +43,6 @@ class SegmentationMetrics:
 
     def __init__(self, num_labels: int, ignore_index: int = 255, id2label: Mapping[int, str] | None = None) -> None:
         self.matrix, self.id2label = ConfusionMatrix(max(num_labels, 2), ignore_index), id2label
-        if id2label is not None and len(id2label) == 1:
-            self.id2label = dict(enumerate([BACKGROUND, *id2label.values()]))
 
     def __call__(self, prediction: Any, compute_result: bool = True) -> dict[str, float]:
         """Add a batch; the scores, and a new start, when `compute_result`."""
@@ -52,7 +51,8 @@ class SegmentationMetrics:
             return {}
         scores = {"mean_iou": self.matrix.mean_iou(), "pixel_accuracy": self.matrix.pixel_accuracy()}
         if self.id2label is not None:
-            scores |= {f"iou_{self.id2label[index]}": iou for index, iou in enumerate(self.matrix.iou().tolist())}
+            names = class_names(self.id2label, self.matrix.num_labels)
+            scores |= {f"iou_{name}": iou for name, iou in zip(names, self.matrix.iou().tolist(), strict=True)}
         self.matrix.reset()
         return scores
 

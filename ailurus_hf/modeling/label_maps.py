@@ -6,6 +6,8 @@ alone.
 """
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,11 +38,22 @@ def num_classes(config: Any) -> int:
     return max(config.num_labels, 2)
 
 
-def class_names(config: Any) -> list[str]:
-    """Names of those classes, in order."""
-    if config.num_labels == 1:
-        return [BACKGROUND, *config.id2label.values()]
-    return [config.id2label[label] for label in range(config.num_labels)]
+def class_names(id2label: Mapping[int, str] | Mapping[str, str] | None, num_labels: int) -> list[str]:
+    """The name of every class, each of them once, so that scores can be kept by name.
+
+    Args:
+        id2label: names by number, or by number as JSON has it, a string. Classes without one are called `LABEL_i`, as
+            in transformers, and classes of one name get their number behind it. None for the numbers alone.
+        num_labels: number of classes; 1 of a model with one channel, whose name is the foreground's.
+    """
+    if not id2label:
+        return [str(index) for index in range(max(num_labels, 2))]
+    given = {int(index): str(name) for index, name in id2label.items()}
+    if num_labels == 1 or (num_labels == 2 and list(given) == [1]):
+        return [BACKGROUND, *given.values()]
+    names = [given.get(index, f"LABEL_{index}") for index in range(num_labels)]
+    counts = Counter(names)
+    return [name if counts[name] == 1 else f"{name} ({index})" for index, name in enumerate(names)]
 
 
 def labels_of_logits(logits: Tensor, threshold: float = 0.5, dim: int = -3) -> Tensor:

@@ -305,7 +305,7 @@ class TestOneChannel:
         assert report.verification is not None
         model = AiluRusForSemanticSegmentation.from_pretrained(tmp_path / "out", keep_ratio=1.0).eval()
         processor = AiluRusImageProcessor.from_pretrained(tmp_path / "out")
-        assert class_names(model.config) == ["background", "flood"]
+        assert class_names(model.config.id2label, model.config.num_labels) == ["background", "flood"]
         assert [list(colour) for colour in model.config.palette] == [[4, 5, 6]]
         assert (model.config.binary_threshold, processor.binary_threshold) == (threshold, threshold)
         image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 59, 3), dtype=np.uint8))

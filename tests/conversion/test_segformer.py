@@ -201,7 +201,7 @@ def test_one_channel(tmp_path: Path) -> None:
     report = convert_checkpoint("segformer", tmp_path / "native", tmp_path / "out")
     assert report.verification is not None
     model = AiluRusSegformerForSemanticSegmentation.from_pretrained(tmp_path / "out", keep_ratio=1).eval()
-    assert class_names(model.config) == ["background", "flood"]
+    assert class_names(model.config.id2label, model.config.num_labels) == ["background", "flood"]
     images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 2, (2, 64, 64))
     labels[0, :7] = 255
     expected, found = (network(images, labels=labels) for network in (source, model))
@@ -225,7 +225,7 @@ def test_one_channel_of_mmsegmentation(tmp_path: Path) -> None:
     torch.save({name: content[name] for name in ("meta", "state_dict")}, tmp_path / "source" / "iter_1.pth")
     convert_checkpoint("segformer", tmp_path / "source", tmp_path / "out")
     config = AiluRusSegformerForSemanticSegmentation.from_pretrained(tmp_path / "out").config
-    assert (config.binary_threshold, class_names(config)) == (0.3, ["background", "flood"])
+    assert (config.binary_threshold, class_names(config.id2label, config.num_labels)) == (0.3, ["background", "flood"])
 
 
 @pytest.mark.parametrize("origin", ["nvlabs", "mmseg"])

@@ -144,7 +144,8 @@ class TestClasses:
         for config in (model.config, _reloaded(model, tmp_path).config):
             assert (config.num_labels, num_classes(config)) == (1, 2)
             assert dict(config.id2label) == {1: "flood"}
-            assert [config.id2label[0], config.id2label[1]] == class_names(config) == ["background", "flood"]
+            assert [config.id2label[0], config.id2label[1]] == ["background", "flood"]
+            assert class_names(config.id2label, config.num_labels) == ["background", "flood"]
             assert model_palette(config).shape == (2, 3)
             with pytest.raises(KeyError):
                 config.id2label[2]
