@@ -24,6 +24,7 @@ from ailurus_hf.budget import set_keep_ratio, with_budget
 from ailurus_hf.data import SegmentationAugmentation, SegmentationCollator, SegmentationDataset, open_layout
 from ailurus_hf.evaluation import ConfusionMatrix
 from ailurus_hf.hub.model_card import CardResult, build_model_card
+from ailurus_hf.modeling.label_maps import labels_of_logits, num_classes
 from ailurus_hf.training import KeepRatioSchedule, SegmentationLoss, check_resume, layerwise_parameter_groups
 
 
@@ -79,12 +80,12 @@ def train_step(accelerator, model, optimizer, loss, batches):
 
 def evaluate(accelerator, network, pictures, keep_ratio):
     """Every process takes its share of the pictures, each picture once; the counts are summed."""
-    matrix = ConfusionMatrix(network.config.num_labels, pictures.ignore_index)
+    matrix = ConfusionMatrix(num_classes(network.config), pictures.ignore_index)
     with with_budget(network.eval(), keep_ratio=keep_ratio), torch.inference_mode():
         for index in range(accelerator.process_index, len(pictures), accelerator.num_processes):
             picture = pictures[index]
             logits = network(picture["pixel_values"][None].to(accelerator.device)).logits
-            matrix.update(logits[0].argmax(0).cpu(), picture["labels"])
+            matrix.update(labels_of_logits(logits[0], network.config.binary_threshold).cpu(), picture["labels"])
     network.train()
     matrix.add_processes()
     return matrix

@@ -86,7 +86,9 @@ def test_exported_code_runs_without_the_package(tmp_path):
     assert {path.name for path in folder.glob("*.py")} == {
         "configuration_ailurus.py",  # of the other heads in the same file
         "configuration_ailurus_segformer.py",
+        "class_colours.py",
         "image_processing_ailurus.py",
+        "label_maps.py",
         "layers_ailurus.py",
         "modeling_ailurus_segformer.py",
         "grouping_density_peaks.py",

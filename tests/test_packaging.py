@@ -76,7 +76,7 @@ assert type(AutoModel.from_pretrained(sys.argv[2])) is type(model)
 
 def test_core_dependencies_are_enough_for_models(tmp_path):
     extras = set().union(*EXTRAS.values()) - {"ailurus-hf"}
-    assert extras == {"accelerate", "datasets", "evaluate", "matplotlib", "rich", "typer"}
+    assert extras == {"accelerate", "datasets", "evaluate", "matplotlib", "rich", "scipy", "typer"}
     done = fresh(PROBE, json.dumps(sorted(extras)), str(tmp_path))
     assert done.returncode == 0, done.stderr
 
@@ -99,12 +99,16 @@ for package, code in uses:
 print(json.dumps(found))
 """
 FIGURE = "from ailurus_hf.visualization import adaptive_resolution_figure as draw; draw(None, None, None, None, None)"
+BOUNDARY = (
+    "import torch; from ailurus_hf.evaluation import BoundaryScore as S; z = torch.zeros(2, 2).int(); S(2).update(z, z)"
+)
 USES = [
     ("accelerate", "train", "from ailurus_hf.training import SegmentationTrainer"),
     ("matplotlib", "viz", FIGURE),
     ("datasets", "eval", "from ailurus_hf.evaluation import load_metric; load_metric('depth')"),
     ("evaluate", "eval", "from ailurus_hf.evaluation import load_metric; load_metric('depth')"),
     ("accelerate", "eval", "from ailurus_hf.evaluation import evaluate_segmentation as run; run(None, None, [])"),
+    ("scipy", "eval", BOUNDARY),
     ("accelerate", "cli", "from ailurus_hf.cli.options import load_on_device; load_on_device('model', 'auto', None)"),
 ]
 

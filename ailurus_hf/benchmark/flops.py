@@ -1,6 +1,7 @@
 """Counting floating-point operations without running the model."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,13 @@ from ..registry import architecture_of
 __all__ = ["count_flops"]
 
 
-def count_flops(model: PreTrainedModel, height: int, width: int, **settings: Any) -> int:
+def count_flops(
+    model: PreTrainedModel,
+    height: int,
+    width: int,
+    forward: Callable[[Any, torch.Tensor], object] | None = None,
+    **settings: Any,
+) -> int:
     """Floating-point operations of one image's forward, clustering included.
 
     Matrix products, convolutions and attention are counted by PyTorch's own counter on a copy of the model without
@@ -20,21 +27,46 @@ def count_flops(model: PreTrainedModel, height: int, width: int, **settings: Any
     which are no matrix product, are added by formula. All tokens are counted as if no representative were nearby.
 
     Args:
-        model: an AiluRus model; left as it is.
+        model: an AiluRus model, or one that PEFT has wrapped, whose own layers count too; left as it is.
         height, width: size of the image in pixels.
+        forward: what is run, where it is not one forward: a function of the model's copy and `pixel_values` (1,
+            num_channels, height, width) that calls the copy as often as it likes, such as for sliding windows.
         settings: fields of the configuration to change for the count, such as `keep_ratio=1`.
 
     Raises:
         TypeError: the model is not one of this package's.
         ValueError: a setting is not allowed, or the image is too small.
     """
-    config = copy.deepcopy(model.config)
+    twin, config = _twin(model, settings)
+    row = architecture_of(config)
+    clustering = 0
+
+    def count_clustering(_: Any, args: Any, kwargs: Any) -> None:
+        nonlocal clustering
+        images = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
+        clustering += len(images) * row.extra_flops(config, row.stages(config, *images.shape[-2:]))
+
+    twin.register_forward_pre_hook(count_clustering, with_kwargs=True)
+    pixel_values = torch.empty(1, config.num_channels, height, width, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        twin(pixel_values) if forward is None else forward(twin, pixel_values)
+    return int(counter.get_total_flops()) + clustering
+
+
+def _twin(model: Any, settings: dict[str, Any]) -> tuple[Any, Any]:
+    """A copy of the model without data, with other settings, and its configuration."""
+    if not hasattr(model, "peft_config"):
+        config = copy.deepcopy(model.config)
+        for name, value in settings.items():
+            setattr(config, name, value)
+        with torch.device("meta"):
+            return type(model)(config).eval(), config
+    # What PEFT has put into a model is in no configuration: the layers are copied, their data is not.
+    empty: dict[int, Any] = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
+    for parameter in model.parameters():
+        empty[id(parameter)] = torch.nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    twin = copy.deepcopy(model, empty).eval()
+    config = twin.get_base_model().config
     for name, value in settings.items():
         setattr(config, name, value)
-    with torch.device("meta"):
-        twin = type(model)(config).eval()
-        pixel_values = torch.empty(1, config.num_channels, height, width)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        twin(pixel_values)
-    row = architecture_of(config)
-    return int(counter.get_total_flops()) + row.extra_flops(config, row.stages(config, height, width))
+    return twin, config

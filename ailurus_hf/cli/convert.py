@@ -58,6 +58,13 @@ def convert(
         str | None,
         typer.Option(help="Licence of the weights, for the model card.", show_default="what the source says"),
     ] = None,
+    entry: Annotated[
+        str | None,
+        typer.Option(
+            help="Entry of the file that holds the weights, where it holds several, such as state_dict_ema.",
+            show_default="the one that is not averaged; of DINO and DINOv2 the teacher",
+        ),
+    ] = None,
     assignments: Annotated[
         list[str] | None,
         typer.Option(
@@ -93,6 +100,7 @@ def convert(
             verify=verify,
             dry_run=dry_run,
             license=license,
+            entry=entry,
             progress=lambda step: status.update(escape(step)),
             **{key: value for key, value in settings.items() if value is not None},
         )
@@ -136,6 +144,7 @@ def _as_text(report: "ConversionReport") -> str:
     for reason in dict.fromkeys(report.dropped.values()):
         keys = [key for key, why in report.dropped.items() if why == reason]
         lines.append(f"dropped   {', '.join(keys)} ({reason})")
+    lines += [f"assumed   {assumption}" for assumption in report.assumptions]
     if not report.written:
         return "\n".join([*lines, f"dry run   nothing written; {report.output} would hold {size}"])
     if report.verification is not None:

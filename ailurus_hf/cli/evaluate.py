@@ -9,7 +9,17 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from .options import ClusterLayer, Device, Dtype, Json, Model, SlidingWindow, load_on_device, load_processor
+from .options import (
+    ClusterLayer,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    SkipUnreadable,
+    SlidingWindow,
+    load_on_device,
+    load_processor,
+)
 
 if TYPE_CHECKING:
     from ..evaluation import EvaluationReport
@@ -21,7 +31,10 @@ def evaluate(
     model: Model,
     images: Annotated[Path, typer.Option(help="Folder of pictures.")],
     labels: Annotated[
-        Path, typer.Option(help="Folder of label maps: NAME.png for each picture NAME, class ids as pixel values.")
+        Path,
+        typer.Option(
+            help="Folder of label maps: NAME.png or NAME.tif for each picture NAME, class ids as pixel values."
+        ),
     ],
     keep_ratio: Annotated[
         list[float] | None,
@@ -45,9 +58,7 @@ def evaluate(
     ] = None,
     boundary: Annotated[bool, typer.Option("--boundary", help="Score the classes' boundaries too.")] = False,
     per_class: Annotated[bool, typer.Option("--per-class", help="Print the IoU of every class too.")] = False,
-    skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Go on past damaged files, and list them.")
-    ] = False,
+    skip_unreadable: SkipUnreadable = False,
     device: Device = "auto",
     dtype: Dtype = None,
     as_json: Json = False,
@@ -64,6 +75,7 @@ def evaluate(
     from ..data.label_maps import pair_files
     from ..data.labelled import LabelRule
     from ..evaluation import evaluate_segmentation
+    from ..modeling.label_maps import num_classes
 
     pairs = pair_files(images, labels)[:limit]
     network = load_on_device(model, device, dtype, cluster_layer=cluster_layer)
@@ -71,7 +83,7 @@ def evaluate(
     report = evaluate_segmentation(
         network,
         load_processor(model),
-        SegmentationFolder(pairs, LabelRule(network.config.num_labels, ignored, reduce_labels)),
+        SegmentationFolder(pairs, LabelRule(num_classes(network.config), ignored, reduce_labels)),
         keep_ratio or (1.0, 0.5, 0.25),
         ignore_index=ignored,
         boundary=boundary,

@@ -39,12 +39,14 @@ def info(
 
 
 def _describe(model: Any, height: int | None, width: int | None) -> dict[str, dict[str, Any]]:
-    from ..architectures.row import FEATURES, TASKS
+    from ..architectures.row import FEATURES, SEGMENTATION, TASKS
     from ..benchmark import count_flops
+    from ..modeling.label_maps import num_classes
     from ..registry import architecture_of
 
     config, row = model.config, architecture_of(model.config)
     auto_class = row.models[type(model).__name__]
+    classes = num_classes(config) if auto_class == SEGMENTATION else config.num_labels
     size = (height or config.grid_size[0] * config.patch_size, width or config.grid_size[1] * config.patch_size)
     dense, merged = count_flops(model, *size, keep_ratio=1.0, num_clusters=None), count_flops(model, *size)
     tokens: dict[str, Any] = {}
@@ -58,7 +60,7 @@ def _describe(model: Any, height: int | None, width: int | None) -> dict[str, di
             "parameters": f"{model.num_parameters():,}",
             "dtype": str(model.dtype).removeprefix("torch."),
             **row.facts(config, auto_class),
-            **({} if TASKS[auto_class] == FEATURES else {"classes": config.num_labels}),
+            **({} if TASKS[auto_class] == FEATURES else {"classes": classes}),
         },
         "merging": row.settings(config),
         f"one image of {size[0]} x {size[1]} pixels": {

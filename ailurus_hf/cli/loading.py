@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..architectures.row import SEGMENTATION
+from ..conversion.reading.settings import model_class_names
 from ..registry import ARCHITECTURES
 from ..utils.errors import CheckpointError
 from ..utils.files import read_json_object
@@ -67,8 +68,8 @@ def _model_class(path: str | Path, any_head: bool) -> type[PreTrainedModel]:
             f"{path}: config.json must have model_type {' or '.join(map(repr, ARCHITECTURES))}, got {model_type!r}"
         )
     row = ARCHITECTURES[model_type]
-    [name, *_] = config.get("architectures") or [None]
-    auto_class = row.models.get(name, SEGMENTATION)
+    name = next(iter(model_class_names(config)), None)
+    auto_class = SEGMENTATION if name is None else row.models.get(name, SEGMENTATION)
     if auto_class != SEGMENTATION and not any_head:
         wanted = row.classes[SEGMENTATION].rpartition(":")[2]
         raise CheckpointError(

@@ -28,6 +28,12 @@ Dtype = Annotated[
 SlidingWindow = Annotated[
     bool, typer.Option("--sliding-window", help="Predict window by window, with the sizes the model was made for.")
 ]
+SkipUnreadable = Annotated[
+    bool,
+    typer.Option(
+        "--skip-unreadable", help="Go on past files that are damaged, no pictures or too small, and list them."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

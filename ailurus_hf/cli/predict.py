@@ -1,15 +1,25 @@
 """`ailurus-hf predict`: pictures to label maps."""
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from tqdm import tqdm
 
-from ..utils.files import atomic_file, check_output_directory
-from .options import ClusterLayer, Device, Dtype, Json, KeepRatio, Model, SlidingWindow, load_on_device, load_processor
+from ..utils.files import atomic_file, check_output_directory, read_json_object
+from .options import (
+    ClusterLayer,
+    Device,
+    Dtype,
+    Json,
+    KeepRatio,
+    Model,
+    SkipUnreadable,
+    SlidingWindow,
+    load_on_device,
+    load_processor,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +37,13 @@ def predict(
     keep_ratio: KeepRatio = None,
     cluster_layer: ClusterLayer = None,
     sliding_window: SlidingWindow = False,
+    recursive: Annotated[
+        bool, typer.Option("--recursive", help="Pictures in folders below too; OUT gets the same folders.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave out pictures whose results are in OUT already.")
+    ] = False,
+    skip_unreadable: SkipUnreadable = False,
     device: Device = "auto",
     dtype: Dtype = None,
     as_json: Json = False,
@@ -36,23 +53,38 @@ def predict(
     For each picture NAME, OUT gets NAME.labels.png (class ids as pixel values), NAME.overlay.png (the classes' colours
     on the picture) and NAME.json (the classes and the share of pixels each has).
     """
-    from ..data.images import list_images, read_image
-    from ..evaluation import segment_image
+    from ..data.images import ImageFileError
+    from ..data.label_maps import check_equal_names
+    from ..modeling.label_maps import class_names
     from ..visualization import model_palette
 
-    files = list_images(images)
-    _refuse_equal_names(files)
+    names = _names(images, out, recursive)
+    check_equal_names(list(names), list(names.values()), "be written as {}.*")
     check_output_directory(out, overwrite=True)  # it would be a pity to find out after the model has run
     network = load_on_device(model, device, dtype, keep_ratio=keep_ratio, cluster_layer=cluster_layer)
     processor, palette = load_processor(model), model_palette(network.config)
-    names = [network.config.id2label[label] for label in range(network.config.num_labels)]
-    reports = []
-    for file in tqdm(files, "predicting", leave=False, disable=None):
-        picture = read_image(file)
-        result = segment_image(network, processor, picture, sliding_window)
-        report = _describe(file, picture, result, names)
-        _write(out, file.stem, picture, result.labels, palette, report)
+    classes = class_names(network.config.id2label, network.config.num_labels)
+    reports, skipped, before = [], [], 0
+    for file, name in tqdm(names.items(), "predicting", leave=False, disable=None):
+        done = out / f"{name}.json"  # the last of its files to be written
+        if resume and done.is_file():
+            reports.append(read_json_object(done, "a picture's classes"))
+            before += 1
+            continue
+        try:
+            picture, result = _segment(file, network, processor, sliding_window)
+        except ImageFileError as error:
+            if not skip_unreadable:
+                raise
+            skipped.append(str(error))
+            continue
+        report = _describe(file, picture, result, classes)
+        _write(out, name, picture, result.labels, palette, report)
         reports.append(report)
+    if not reports:
+        raise ValueError(f"none of the {len(names)} pictures could be read; the first: {skipped[0]}")
+    for line in skipped:
+        typer.echo(f"ailurus-hf: warning: skipped: {line}", err=True)
     if as_json:
         typer.echo(json.dumps(reports, indent=2))
         return
@@ -60,16 +92,38 @@ def predict(
         shares = sorted(report["classes"], key=lambda entry: -entry["share"])[:4]
         summary = ", ".join(f"{entry['name']} {entry['share']:.0%}" for entry in shares)
         typer.echo(f"{report['image']}: {summary}")
-    typer.echo(f"written to {out}: {len(files)} x .labels.png, .overlay.png, .json")
+    earlier = f" ({before} of them before)" if before else ""
+    typer.echo(f"written to {out}: {len(reports)} x .labels.png, .overlay.png, .json{earlier}")
 
 
-def _refuse_equal_names(files: list[Path]) -> None:
-    stem, count = Counter(file.stem for file in files).most_common(1)[0]
-    if count > 1:
-        same = ", ".join(str(file) for file in files if file.stem == stem)
-        raise ValueError(
-            f"{count} pictures would all be written as {stem}.*: {same}; predict them into separate folders"
-        )
+def _names(images: list[Path], out: Path, recursive: bool) -> dict[Path, str]:
+    """What the results of each picture are called in `out`, up to the dot: with `recursive` by the folders below."""
+    from ..data.images import is_litter, list_images
+
+    names: dict[Path, str] = {}
+    for given in images:
+        if is_litter(given):  # a shell's * names it too
+            continue
+        for file in list_images([given], recursive):
+            # Results of an earlier run, where they lie below the pictures, are none.
+            if not (recursive and given.is_dir() and file.resolve().is_relative_to(out.resolve())):
+                inside = file.relative_to(given) if given.is_dir() else Path(file.name)
+                names[file] = str(inside.parent / inside.stem)
+    if not names:
+        raise FileNotFoundError("there are no pictures among the files")
+    return names
+
+
+def _segment(file: Path, network: Any, processor: Any, sliding_window: bool) -> "tuple[Image.Image, Segmentation]":
+    """The picture in a file and its segmentation; every `ImageFileError` names the file."""
+    from ..data.images import ImageFileError, read_image
+    from ..evaluation import segment_image
+
+    picture = read_image(file)
+    try:
+        return picture, segment_image(network, processor, picture, sliding_window)
+    except ImageFileError as error:  # too small for the model
+        raise ImageFileError(f"{file}: {error}") from error
 
 
 def _describe(file: Path, picture: "Image.Image", result: "Segmentation", names: list[str]) -> dict[str, Any]:
@@ -91,13 +145,13 @@ def _describe(file: Path, picture: "Image.Image", result: "Segmentation", names:
 
 
 def _write(
-    out: Path, stem: str, picture: "Image.Image", labels: "np.ndarray", palette: "np.ndarray", report: dict[str, Any]
+    out: Path, name: str, picture: "Image.Image", labels: "np.ndarray", palette: "np.ndarray", report: dict[str, Any]
 ) -> None:
     from ..visualization import indexed_image, overlay
 
-    with atomic_file(out / f"{stem}.labels.png") as path:
+    with atomic_file(out / f"{name}.labels.png") as path:
         indexed_image(labels, palette).save(path)
-    with atomic_file(out / f"{stem}.overlay.png") as path:
+    with atomic_file(out / f"{name}.overlay.png") as path:
         overlay(picture, labels, palette).save(path)
-    with atomic_file(out / f"{stem}.json") as path:
+    with atomic_file(out / f"{name}.json") as path:
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

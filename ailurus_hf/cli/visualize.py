@@ -52,11 +52,12 @@ def save_figure(
     out: Path, model: "PreTrainedModel", picture: "Image.Image", dense: "Segmentation", merged: "Segmentation"
 ) -> None:
     """Write the figure that compares a dense and a merged segmentation."""
+    from ..modeling.label_maps import class_names
     from ..utils.files import atomic_file
     from ..visualization import adaptive_resolution_figure, model_palette
 
     config = model.config
-    names = [config.id2label[label] for label in range(config.num_labels)]
+    names = class_names(config.id2label, config.num_labels)
     figure = adaptive_resolution_figure(picture, dense, merged, model_palette(config), names)
     with atomic_file(out) as path:
         figure.savefig(path)

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from ..registry import ARCHITECTURES
 from ..utils.errors import CheckpointError
-from .reading.sources import find_weights, read_json_beside, read_tensors
+from .reading.files import strip_common_prefix
+from .reading.sources import TWINS, find_weights, read_json_beside, read_tensors
 from .recipe import Evidence
 from .recipes import RECIPES
 from .unsupported import OWN_RECIPES, refuse_unsupported, unsupported_family
@@ -36,6 +38,7 @@ def choose_recipe(name: str, source: str | Path) -> tuple[str, Path, str | None]
     if relatives:  # else there is nothing to choose, and no reason to read the source twice
         evidence = _gather(weights)
         other = OWN_RECIPES.get(unsupported_family(evidence.tensors, evidence.model_type) or "")
+        other = "ailurus" if evidence.model_type in ARCHITECTURES else other
         name = other if other in relatives else name
     return name, weights, None
 
@@ -76,8 +79,8 @@ def recognise(source: str | Path) -> tuple[str, Path, str]:
 
 def _gather(weights: Path) -> Evidence:
     content = read_tensors(weights, objects=True)
-    inner = next((content[name] for name in ("state_dict", "model", "teacher") if _tensors(content.get(name))), None)
-    shapes = {name.removeprefix("module."): tuple(t.shape) for name, t in _tensors(inner or content).items()}
+    inner = next((content[name] for name in (*TWINS, "teacher") if _tensors(content.get(name))), None)
+    shapes = {name: tuple(t.shape) for name, t in strip_common_prefix(_tensors(inner or content)).items()}
     return Evidence(
         shapes,
         container=tuple(map(str, content)) if inner is not None else (),

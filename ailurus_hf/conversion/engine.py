@@ -6,6 +6,7 @@ exactly the tensors of the model that the source's settings describe. What fails
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
@@ -16,15 +17,18 @@ from warnings import warn
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..hub.model_card import CardSource, build_model_card
 from ..modeling.image_processing_ailurus import AiluRusImageProcessor
+from ..modeling.label_maps import class_names
 from ..utils.errors import CheckpointError, CheckpointWarning
 from ..utils.files import atomic_directory, check_output_directory
 from ..utils.logging import quiet_transformers
 from .detection import choose_recipe
 from .reading.files import file_sha256
+from .reading.settings import check_sizes
 from .reading.sources import weight_files
 from .recipe import Plan, SourceCheckpoint
 from .recipes import RECIPES
@@ -59,6 +63,7 @@ def convert_checkpoint(
     verify: bool = True,
     dry_run: bool = False,
     license: str | None = None,
+    entry: str | None = None,
     progress: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> ConversionReport:
@@ -80,6 +85,8 @@ def convert_checkpoint(
         dry_run: check everything and return the report, but write nothing.
         license: licence of the weights for the model card, an identifier that the Hugging Face Hub knows; by default
             what the source says, else "unknown".
+        entry: name of the weights' entry in the file, where it holds several, such as "state_dict_ema"; by default the
+            one that is not averaged (of DINO and DINOv2 the teacher).
         progress: called with a short text at each step.
         settings: fields of the model's configuration to set: `keep_ratio`, `cluster_layer` (default: 2, or
             less when the model is too shallow), `id2label`, ...
@@ -98,10 +105,12 @@ def convert_checkpoint(
     _check_output(output, source, overwrite)
     tell(f"reading {source}")
     recipe, weights, recognised = choose_recipe(recipe, source)
-    checkpoint = replace(RECIPES[recipe].read(weights), overrides=settings)
+    checkpoint = replace(RECIPES[recipe].read(weights, entry), overrides=settings)
     plan = RECIPES[recipe].plan(checkpoint)
     tell(f"mapping {len(checkpoint.tensors)} tensors")
-    skeleton = _build_skeleton(plan, settings)
+    skeleton = _build_skeleton(plan, settings, len(checkpoint.tensors))
+    processor = _image_processor(plan, skeleton)
+    plan = replace(plan, notes=checkpoint.notes + plan.notes + _label_notes(skeleton.config, plan))
     mappings = map_keys(plan.rules, checkpoint.tensors)
     tensors = _convert_tensors(plan, checkpoint, mappings, skeleton, target_dtype)
     not_finite = [m.source for m in mappings if not all(tensors[name].isfinite().all() for name in m.targets)]
@@ -110,7 +119,7 @@ def convert_checkpoint(
     if not dry_run:
         with atomic_directory(output, overwrite, marker="config.json") as folder, quiet_transformers():
             tell(f"writing {output}")
-            _save(folder, skeleton, tensors, plan, max_shard_size)
+            _save(folder, skeleton, tensors, processor, max_shard_size)
             _card(report, skeleton, license or plan.license or "unknown").save(folder / "README.md")
             if verify and not not_finite:
                 tell("verifying: loading the result and comparing its output with the source's")
@@ -174,6 +183,8 @@ def _convert_tensors(
     for mapping in mappings:
         tensors |= zip(mapping.targets, _transform(mapping, checkpoint.tensors[mapping.source]), strict=True)
     _check_against_model(mappings, tensors, skeleton, plan.rules)
+    if plan.bgr:
+        tensors[_picture_kernel(skeleton)] = tensors[_picture_kernel(skeleton)].flip(1)
     check_rules_used(plan.rules, mappings)
     wanted = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
     floats = [tensor.dtype for name, tensor in tensors.items() if wanted[name].is_floating_point]
@@ -235,11 +246,16 @@ def _check_against_model(
                 )
 
 
+def _picture_kernel(model: PreTrainedModel) -> str:
+    """Name of the weight that meets the picture's channels, (out_channels, num_channels, height, width)."""
+    return next(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+
+
 def _source_name(target: str, rules: Sequence[Rule]) -> str:
     return next((name for rule in rules if (name := source_of(rule, target)) is not None), target)
 
 
-def _build_skeleton(plan: Plan, settings: Mapping[str, Any]) -> PreTrainedModel:
+def _build_skeleton(plan: Plan, settings: Mapping[str, Any], num_tensors: int) -> PreTrainedModel:
     """The model of the plan's settings and the user's, without memory for its weights."""
     config_class = plan.model_class.config_class
     known = {field.name for field in fields(config_class)} | {"id2label", "label2id", "num_labels"}
@@ -249,6 +265,7 @@ def _build_skeleton(plan: Plan, settings: Mapping[str, Any]) -> PreTrainedModel:
             close = difflib.get_close_matches(name, known, n=1)
             raise TypeError(f"unknown setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
     merged = {**plan.config, **_label_settings(plan, settings)}
+    check_sizes(merged, num_tensors)
     if "cluster_layer" not in merged:  # the config's own default may be deeper than a toy model
         depth = merged["num_hidden_layers"] - merged.get("tail_layers", 0)
         merged["cluster_layer"] = max(0, min(2, depth - 1))
@@ -256,14 +273,19 @@ def _build_skeleton(plan: Plan, settings: Mapping[str, Any]) -> PreTrainedModel:
         config = config_class(**merged)
     except StrictDataclassError as error:  # not a ValueError, and its text has several lines
         raise ValueError(" ".join(str(error).split())) from error
-    with torch.device("meta"):
-        return plan.model_class(config)
+    try:
+        with torch.device("meta"):
+            return plan.model_class(config)
+    except (RuntimeError, ValueError) as error:  # a tensor whose size no number holds; a head that refuses its settings
+        raise CheckpointError(f"no model can be made of the settings: {str(error).splitlines()[0]}") from error
 
 
 def _label_settings(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with `id2label` checked against the source's number of classes, and `label2id` derived from it."""
     merged = dict(settings)
-    names = merged.pop("id2label", None)
+    names, palette = merged.pop("id2label", None), merged.get("palette")
+    if plan.config.get("num_labels") == 1 and palette is not None and len(palette) == 2:
+        merged["palette"] = palette[1:]  # of background and foreground, as of two names
     if names is None:
         return merged
     num_labels = plan.config.get("num_labels")
@@ -273,6 +295,10 @@ def _label_settings(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
         id2label = {int(index): str(label) for index, label in dict(names).items()}
     except (TypeError, ValueError):
         raise ValueError(f"id2label must map class numbers to names, got {names!r}") from None
+    if empty := [index for index, name in id2label.items() if not name.strip()]:
+        raise ValueError(f"id2label must have a name for each class, got none for {_some(empty)}")
+    if num_labels == 1:  # one channel: the name is the foreground's, class 1
+        id2label = {0: id2label[max(id2label)]} if sorted(id2label) in ([0], [1], [0, 1]) else id2label
     if sorted(id2label) != list(range(num_labels)):
         raise ValueError(
             f"id2label must name the classes 0 to {num_labels - 1} of the checkpoint, got {_some(sorted(id2label))}"
@@ -280,14 +306,64 @@ def _label_settings(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**merged, "id2label": id2label, "label2id": {label: index for index, label in id2label.items()}}
 
 
+def _label_notes(config: Any, plan: Plan) -> tuple[str, ...]:
+    """What may be meant in names and labels of a segmentation model or classifier, and often is not."""
+    if plan.config.get("num_labels") is None:
+        return ()
+    if _segments(plan) and config.num_labels == 1:
+        names = class_names(config.id2label, config.num_labels)
+    else:
+        names = [config.id2label[index] for index in range(config.num_labels)]
+    notes: tuple[str, ...] = ()
+    if empty := [index for index, name in enumerate(names) if not name.strip()]:
+        notes += (f"no name for class {_some(empty)}; set them with --labels",)
+    if repeated := [name for name, count in Counter(names).items() if count > 1 and name.strip()]:
+        notes += (f"several classes have the name {_some(repeated)}",)
+    ignored = config.semantic_loss_ignore_index if _segments(plan) else -1
+    if 0 <= ignored < len(names):
+        notes += (f"label {ignored} is left out of the loss, although it is the class {names[ignored]!r}",)
+    return notes
+
+
+def _segments(plan: Plan) -> bool:
+    return plan.model_class.__name__.endswith("ForSemanticSegmentation")
+
+
+def _image_processor(plan: Plan, skeleton: PreTrainedModel) -> AiluRusImageProcessor:
+    """The image processor of the plan's settings.
+
+    Raises:
+        CheckpointError: a setting is not valid.
+    """
+    settings = dict(plan.processor)
+    if _segments(plan) and skeleton.config.num_labels == 1:
+        settings["binary_threshold"] = skeleton.config.binary_threshold  # what pipelines ask for classes
+    try:
+        processor = AiluRusImageProcessor(**settings)
+        # the sizes and filters that a file names are looked at only where they are used
+        if skeleton.config.num_channels == 3:
+            processor(torch.zeros(3, 8, 8, dtype=torch.uint8))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"the image processor's settings are not valid: {_one_line(error)}") from error
+    return processor
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _save(
-    folder: Path, skeleton: PreTrainedModel, tensors: Mapping[str, torch.Tensor], plan: Plan, max_shard_size: str | int
+    folder: Path,
+    skeleton: PreTrainedModel,
+    tensors: Mapping[str, torch.Tensor],
+    processor: AiluRusImageProcessor,
+    max_shard_size: str | int,
 ) -> None:
     # under the very names of `state_dict`: by default transformers turns names back into an older format it knows of
     skeleton.save_pretrained(
         folder, state_dict=dict(tensors), max_shard_size=max_shard_size, save_original_format=False
     )
-    AiluRusImageProcessor(**plan.processor).save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def _card(report: ConversionReport, skeleton: PreTrainedModel, license: str) -> ModelCard:
@@ -327,6 +403,7 @@ def _report(
         ),
         verification=None,
         model_class=plan.model_class.__name__,
+        assumptions=plan.assumptions,
     )
 
 

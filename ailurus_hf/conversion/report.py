@@ -36,6 +36,7 @@ class ConversionReport:
         num_parameters: numbers in the result.
         dropped: source keys without a place in the model, each with the reason.
         warnings: what deserves a look.
+        assumptions: what no file tells and was taken from published models, and how to set it otherwise.
         key_table: every source key.
         verification: what the result was compared with and the largest difference; `None` when not verified.
         model_class: public name of the model class of the result.
@@ -56,6 +57,7 @@ class ConversionReport:
     verification: Verification | None
     model_class: str = "AiluRusForSemanticSegmentation"
     recognised: str | None = None
+    assumptions: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report in JSON types."""

@@ -75,6 +75,8 @@ class SegmentationDataset(Dataset[dict[str, torch.Tensor]]):
             raise IndexError(f"index must be from 0 to {len(self) - 1}, got {index}")
         image, labels, _ = self._read(index)
         settings: dict[str, Any] = {"do_reduce_labels": False}  # the source has done it
+        if hasattr(self.image_processor, "ignore_index"):  # those of transformers have none
+            settings["ignore_index"] = self.ignore_index
         if self.augmentation is not None:
             # A generator of its own for each view: one that went on would depend on what was drawn before.
             rng = np.random.default_rng((self.seed, self.epoch, index))

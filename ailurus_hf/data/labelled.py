@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ..modeling.image_processing_ailurus import IGNORE_INDEX, reduce_labels
+
 __all__ = ["LabelRule", "LabelledImage"]
 
 
@@ -30,9 +32,10 @@ class LabelRule:
 
     Args:
         num_labels: number of classes; None leaves the values unchecked.
-        ignore_index: value of pixels that do not count, in the result and, unless reduced or mapped, in the files.
-        reduce_labels: subtract 1 from every value and turn 0 into `ignore_index`: for data sets, such as ADE20K, whose
-            label 0 is no class.
+        ignore_index: value of pixels that do not count, in the result and, unless reduced or mapped, in the files;
+            where it is negative, 255 in the files does not count either.
+        reduce_labels: subtract 1 from every value and turn 0 and 255 into `ignore_index`: for data sets, such as
+            ADE20K, whose label 0 is no class. The image processor's `do_reduce_labels` is the same rule.
         label_ids: value in the files -> class, for data sets, such as Cityscapes, whose files number more than the
             classes; values that it does not name become `ignore_index`.
 
@@ -61,8 +64,10 @@ class LabelRule:
         if self.label_ids is not None:
             labels = self._mapped(labels, self.label_ids)
         elif self.reduce_labels:
-            nothing = (labels == 0) | (labels == self.ignore_index)
-            labels = np.where(nothing, self.ignore_index, labels - 1)
+            labels = reduce_labels(labels, self.ignore_index, self.num_labels)
+        elif self.ignore_index < 0 and (self.num_labels or 0) <= IGNORE_INDEX:
+            # No 8-bit file can hold a negative number: what does not count is 255 there.
+            labels = np.where(labels == IGNORE_INDEX, self.ignore_index, labels)
         self._check(labels, name)
         return labels
 

@@ -3,13 +3,18 @@
 A source is a sequence of `LabelledImage`: `len(source)`, `source[index]`. Nothing is read before it is asked for.
 """
 
+import logging
+import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ..modeling.label_maps import class_names
+from ..utils.extras import needs_extra
 from ..utils.files import read_json_object
 from .images import read_image
 from .label_maps import check_label_files, label_array, pair_files, read_labels
@@ -28,6 +33,7 @@ CITYSCAPES_CLASSES: tuple[tuple[str, int, tuple[int, int, int]], ...] = (
     ("train", 31, (0, 80, 100)), ("motorcycle", 32, (0, 0, 230)), ("bicycle", 33, (119, 11, 32)),
 )  # fmt: skip
 ADE20K_NUM_CLASSES = 150
+logger = logging.getLogger(__name__)
 LABEL_COLUMNS = ("annotation", "label", "labels", "mask", "semantic_segmentation", "segmentation_mask")
 
 
@@ -70,7 +76,7 @@ class SegmentationFolder(Sequence[LabelledImage]):
         """
         picture, label_file = self.pairs[index]
         image, labels = read_image(picture), read_labels(label_file)
-        _check_size(image, labels, picture, label_file)
+        _check_sizes(image, labels, picture, label_file)
         return LabelledImage(image, self.rule(labels, str(label_file)), str(label_file))
 
     @classmethod
@@ -83,7 +89,8 @@ class SegmentationFolder(Sequence[LabelledImage]):
         folder = _existing(Path(root) / split)
         file = Path(root) / "classes.json"
         classes = read_json_object(file, "id2label") if file.is_file() else {}
-        names = {int(index): name for index, name in classes.get("id2label", {}).items()} or None
+        given = classes.get("id2label") or {}
+        names = dict(enumerate(class_names(given, max(map(int, given)) + 1))) if given else None
         rule = LabelRule(len(names) if names else None, classes.get("ignore_index", 255))
         return cls(pair_files(folder / "images", folder / "labels"), rule, names, classes.get("palette"))
 
@@ -166,6 +173,8 @@ class HubSegmentation(Sequence[LabelledImage]):
                 raise ValueError(f"{role} must be one of the dataset's columns {columns}, got {column!r}")
         if not len(dataset):
             raise ValueError("the dataset is empty")
+        for column in (image_column, label_column):
+            dataset = _undecoded(dataset, column)
         self.dataset, self.rule = dataset, rule or LabelRule()
         self.image_column, self.label_column = image_column, label_column
 
@@ -176,18 +185,61 @@ class HubSegmentation(Sequence[LabelledImage]):
         """Decode one row; errors as in `SegmentationFolder`."""
         name = f"row {index}"
         row = self.dataset[int(index)]
-        image = row[self.image_column].convert("RGB")
-        labels = label_array(row[self.label_column], name)
-        _check_size(image, labels, name, name)
+        image = read_image(_stored(row[self.image_column]), name)
+        labels = _stored(row[self.label_column])
+        labels = read_labels(labels, name) if isinstance(labels, bytes | Path) else label_array(labels, name)
+        _check_sizes(image, labels, name, name)
         return LabelledImage(image, self.rule(labels, name), name)
 
 
-def _check_size(image: Image.Image, labels: np.ndarray, picture: str | Path, label_file: str | Path) -> None:
+def _check_sizes(image: Image.Image, labels: np.ndarray, picture: str | Path, label_file: str | Path) -> None:
+    orientation = image.info["orientation"]
     if labels.shape != (image.height, image.width):
+        turned = f", turned upright by its EXIF orientation {orientation}: the labels must be, too" * (orientation != 1)
         raise ValueError(
             f"{label_file} is {labels.shape[1]} x {labels.shape[0]} pixels, but its picture {picture} is "
-            f"{image.width} x {image.height}; they must have the same size"
+            f"{image.width} x {image.height}{turned}; they must have the same size"
         )
+    # Up to 4 the sides stay what they are: labels of the picture before it was turned would pass unnoticed.
+    if orientation in (2, 3, 4) or (orientation != 1 and image.height == image.width):
+        _say_turned(str(picture), str(label_file), orientation)
+
+
+@cache
+def _say_turned(picture: str, label_file: str, orientation: int) -> None:
+    logger.warning(
+        "%s is turned upright by its EXIF orientation %s; its labels %s are taken to be upright, which their size does "
+        "not tell",
+        picture,
+        orientation,
+        label_file,
+    )
+
+
+def _undecoded(dataset: Any, column: str | None) -> Any:
+    """The dataset with a column of pictures as their files' bytes, which Pillow has not scaled, clipped or turned yet.
+
+    Columns that are no pictures, and rows that the user formats, stay as they are.
+    """
+    feature: Any = (getattr(dataset, "features", None) or {}).get(column)
+    formatted = (getattr(dataset, "format", None) or {}).get("type") is not None
+    if formatted or type(feature).__name__ != "Image" or not feature.decode or feature.mode is not None:
+        return dataset
+    return dataset.cast_column(column, type(feature)(decode=False))
+
+
+def _stored(value: Any) -> Any:
+    """A cell's file: its bytes or its path; what is no file as it is."""
+    if not isinstance(value, dict) or "bytes" not in value:
+        return value
+    if value["bytes"] is not None:
+        return value["bytes"]
+    if os.path.lexists(value["path"]):
+        return Path(value["path"])
+    with needs_extra("train", "data sets of the Hub"):
+        from datasets import Image as ImageFeature
+
+    return ImageFeature().decode_example(value)  # in an archive, or on the Hub
 
 
 def _existing(folder: Path) -> Path:

@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ..utils.extras import needs_extra
 from .accumulator import Accumulator
 from .segmentation import check_label_maps, check_shapes
 
@@ -53,8 +54,8 @@ class BoundaryScore(Accumulator):
         check_label_maps(predictions, labels, self.num_labels, self.ignore_index)
         radius = max(self.tolerance * math.hypot(*labels.shape), 1)
         predicted, true = self._boundaries(predictions), self._boundaries(labels)
-        hits = (predicted & _dilate(true, radius), predicted, true & _dilate(predicted, radius), true)
-        self.counts += torch.stack([masks.flatten(1).sum(1) for masks in hits])
+        found, met = _count_near(true, predicted, radius), _count_near(predicted, true, radius)
+        self.counts += torch.stack([met, predicted.flatten(1).sum(1), found, true.flatten(1).sum(1)])
 
     def f_score(self) -> Tensor:
         """F-score of every class, (num_labels,) float64; NaN for classes without boundary in labels and predictions."""
@@ -92,10 +93,23 @@ class BoundaryScore(Accumulator):
         return (labels == classes) & edges
 
 
-def _dilate(masks: Tensor, radius: float) -> Tensor:
-    """Pixels within `radius` of a pixel of the mask, for masks (count, height, width) bool."""
-    reach = int(radius)
-    offsets = torch.arange(-reach, reach + 1)
-    disk = (offsets[:, None] ** 2 + offsets**2 <= radius**2).to(torch.float32)
-    # Sums of ones, so that above a half is at least one, whatever the rounding.
-    return F.conv2d(masks[:, None].float(), disk[None, None], padding=reach)[:, 0] > 0.5
+def _count_near(masks: Tensor, others: Tensor, radius: float) -> Tensor:
+    """How many pixels of every class's mask have one of its other mask within `radius`.
+
+    Args:
+        masks, others: (num_labels, height, width) bool.
+        radius: in pixels.
+
+    Returns:
+        (num_labels,) int64.
+    """
+    with needs_extra("eval", "boundary scores"):
+        from scipy.ndimage import distance_transform_edt
+
+    counts = torch.zeros(len(masks), dtype=torch.int64)
+    for label, (mask, other) in enumerate(zip(masks.numpy(), others.numpy(), strict=True)):
+        if mask.any() and other.any():
+            # Squares of distances between pixels are integers; their roots are rounded.
+            squares = np.rint(distance_transform_edt(~other)[mask] ** 2)
+            counts[label] = int((squares <= radius**2).sum())
+    return counts

@@ -21,8 +21,11 @@ class DepthErrors(Accumulator):
     Args:
         min_depth: smallest depth that counts, in the unit of the maps; predictions are raised to it.
         max_depth: largest depth that counts; predictions are lowered to it. None for no limit.
-        align: "median" scales every prediction by the ratio of the medians, "least_squares" fits scale and shift, for
-            models whose depth is only relative; None takes predictions as they are.
+        align: for models whose depth is only relative, per picture and over the pixels that count. "median" scales the
+            prediction by the ratio of the medians; "least_squares" fits scale and shift to the depth. "disparity" is
+            for predictions of inverse depth, larger where nearer, such as those of Depth Anything and DPT (MiDaS):
+            scale and shift are fitted to 1 / depth, and the errors are those of the inverse (Ranftl et al., TPAMI 2022,
+            section 5). None takes predictions as they are.
 
     Raises:
         ValueError: `min_depth` is not above 0, `max_depth` not above it, or `align` is unknown.
@@ -31,8 +34,8 @@ class DepthErrors(Accumulator):
     def __init__(self, min_depth: float = 1e-3, max_depth: float | None = None, align: str | None = None) -> None:
         if not min_depth > 0 or (max_depth is not None and not max_depth > min_depth):
             raise ValueError(f"0 < min_depth < max_depth is needed, got {min_depth} and {max_depth}")
-        if align not in (None, "median", "least_squares"):
-            raise ValueError(f"align must be None, 'median' or 'least_squares', got {align!r}")
+        if align not in (None, "median", "least_squares", "disparity"):
+            raise ValueError(f"align must be None, 'median', 'least_squares' or 'disparity', got {align!r}")
         self.min_depth, self.max_depth, self.align = min_depth, max_depth, align
         self.counts = torch.zeros(len(NAMES) + 1, dtype=torch.float64)  # sums of the errors, number of pictures
 
@@ -40,7 +43,7 @@ class DepthErrors(Accumulator):
         """Add one picture; one without any pixel that counts is left out.
 
         Args:
-            predictions: (height, width) predicted depth.
+            predictions: (height, width) predicted depth, or inverse depth where `align` is "disparity".
             references: (height, width) true depth; 0, NaN or infinity where it is unknown.
 
         Raises:
@@ -67,11 +70,20 @@ class DepthErrors(Accumulator):
         if self.align == "median":
             return predicted * (truth.median() / predicted.median())
         if self.align == "least_squares":
-            columns = torch.stack([predicted, torch.ones_like(predicted)], dim=1)
-            # lstsq's default driver assumes full rank, which a constant prediction has not.
-            scale, shift = torch.linalg.pinv(columns) @ truth
-            return scale * predicted + shift
+            return _fitted(predicted, truth)
+        if self.align == "disparity":
+            # A line may reach 0 or less, where there is no depth: that is as far as anything is.
+            farthest = truth.max() if self.max_depth is None else truth.new_tensor(self.max_depth)
+            return 1 / torch.maximum(_fitted(predicted, 1 / truth), 1 / farthest)
         return predicted
+
+
+def _fitted(predicted: Tensor, truth: Tensor) -> Tensor:
+    """The prediction with the scale and shift of the smallest squared error."""
+    columns = torch.stack([predicted, torch.ones_like(predicted)], dim=1)
+    # lstsq's default driver assumes full rank, which a constant prediction has not.
+    scale, shift = torch.linalg.pinv(columns) @ truth
+    return scale * predicted + shift
 
 
 def _errors(predicted: Tensor, truth: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Evaluating a segmentation model at several budgets side by side, on one process or several."""
 
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,11 +15,12 @@ from ..benchmark import SpeedUp, count_flops, speed_up, time_side_by_side
 from ..budget import has_budget, with_budget
 from ..data.images import ImageFileError
 from ..data.labelled import LabelledImage
+from ..modeling.label_maps import class_names, num_classes
 from ..registry import has_architecture
 from ..utils.extras import needs_extra
 from .accumulator import Accumulator
 from .boundary import BoundaryScore
-from .inference import Segmentation, segment_image
+from .inference import Segmentation, class_scores, segment_image
 from .segmentation import Agreement, ConfusionMatrix, number_or_none
 
 __all__ = ["BudgetResult", "EvaluationReport", "evaluate_segmentation"]
@@ -35,7 +36,8 @@ class BudgetResult:
         agreement: with the dense model's classes, over all pixels.
         boundary: counts of boundary pixels, if they were asked for.
         seconds: from picture to label map, one entry for every picture.
-        gflops: 1e9 floating-point operations of the model for the first picture; None where they cannot be counted.
+        gflops: 1e9 floating-point operations of the model for the first picture, all its views and windows; None where
+            they cannot be counted.
     """
 
     keep_ratio: float
@@ -122,14 +124,14 @@ def evaluate_segmentation(
         keep_ratios: shares of tokens to keep, above 0 and at most 1.
         ignore_index: label of pixels that do not count; None takes the model's.
         boundary: count boundary pixels too.
-        skip_unreadable: go on past samples whose files are damaged, and list them.
+        skip_unreadable: go on past samples whose files are damaged or too small for the model, and list them.
         progress: show a progress bar on stderr, on the first process.
         views: `sliding_window`, `flip`, `scales`: see `class_scores`.
 
     Raises:
         ValueError: there are no samples, or none could be read; labels outside the classes.
         TypeError: budgets other than 1 for a model that has none.
-        ImageFileError: a file is damaged and `skip_unreadable` is False.
+        ImageFileError: a file is damaged, or a picture smaller than a patch, and `skip_unreadable` is False.
     """
     with needs_extra("eval", "evaluations at several budgets"):
         from accelerate import PartialState
@@ -139,7 +141,7 @@ def evaluate_segmentation(
         raise ValueError("samples must hold at least one picture with labels, got none")
     if ignore_index is None:
         ignore_index = getattr(model.config, "semantic_loss_ignore_index", 255)
-    results = _empty_results(keep_ratios, model.config.num_labels, ignore_index, boundary)
+    results = _empty_results(keep_ratios, num_classes(model.config), ignore_index, boundary)
     # The processes that were launched together; without an accelerator they must be told to be on the CPU.
     state = PartialState(cpu=not torch.accelerator.is_available())
     share = range(state.process_index, len(samples), state.num_processes)
@@ -148,8 +150,13 @@ def evaluate_segmentation(
     # Every n-th picture, not a block of them: neighbours tend to be of one size, and the processes end together.
     # A bar is disabled by None where stderr is no terminal.
     indices = tqdm(share, "evaluating", leave=False, disable=None if progress and state.is_main_process else True)
-    for sample in _read(samples, indices, skipped if skip_unreadable else None):
-        _evaluate_picture(model, image_processor, sample, results, views)
+    for index in indices:
+        try:
+            _evaluate_picture(model, image_processor, samples[index], results, views)
+        except ImageFileError as error:
+            if not skip_unreadable:
+                raise
+            skipped.append(str(error))
     for result in results:  # counts and times of all processes, in every process
         for metric in result.metrics:
             metric.add_processes()
@@ -158,22 +165,8 @@ def evaluate_segmentation(
     skipped = gather_object(skipped)
     if not results[0].seconds:
         raise ValueError(f"none of the {len(samples)} samples could be read; the first: {skipped[0]}")
-    return EvaluationReport(results, dict(model.config.id2label), len(results[0].seconds), skipped)
-
-
-def _read(
-    samples: Sequence[LabelledImage], indices: Iterable[int], skipped: list[str] | None
-) -> Iterator[LabelledImage]:
-    """The samples that can be read; what is said of the others goes to `skipped`, or is raised where that is None."""
-    for index in indices:
-        try:
-            sample = samples[index]
-        except ImageFileError as error:
-            if skipped is None:
-                raise
-            skipped.append(str(error))
-        else:
-            yield sample
+    names = class_names(model.config.id2label, model.config.num_labels)
+    return EvaluationReport(results, dict(enumerate(names)), len(results[0].seconds), skipped)
 
 
 def _empty_results(
@@ -193,7 +186,11 @@ def _empty_results(
 
 
 def _evaluate_picture(
-    model: PreTrainedModel, image_processor: Any, sample: LabelledImage, results: list[BudgetResult], views: Any
+    model: PreTrainedModel,
+    image_processor: Any,
+    sample: LabelledImage,
+    results: list[BudgetResult],
+    views: dict[str, Any],
 ) -> None:
     """Predict one picture at all budgets, and count."""
     found: dict[float, Segmentation] = {}
@@ -206,7 +203,10 @@ def _evaluate_picture(
 
     variants = {str(result.keep_ratio): partial(predict, result) for result in results}
     first = not results[0].seconds
-    times = time_side_by_side(variants, rounds=1, warmup=1 if first else 0)
+    try:
+        times = time_side_by_side(variants, rounds=1, warmup=1 if first else 0)
+    except ImageFileError as error:  # too small for the model
+        raise ImageFileError(f"{sample.name}: {error}") from error
     truth = torch.as_tensor(sample.labels)
     # Counted after all budgets are timed.
     for result in results:
@@ -220,11 +220,15 @@ def _evaluate_picture(
             result.boundary.update(labels, truth)
         result.seconds += times[str(result.keep_ratio)]
         if first:
-            result.gflops = _gflops(model, image_processor, sample, result.keep_ratio)
+            result.gflops = _gflops(model, image_processor, sample, result.keep_ratio, views)
 
 
-def _gflops(model: PreTrainedModel, image_processor: Any, sample: LabelledImage, keep_ratio: float) -> float | None:
+def _gflops(
+    model: PreTrainedModel, image_processor: Any, sample: LabelledImage, keep_ratio: float, views: dict[str, Any]
+) -> float | None:
+    """Of all the forwards that one picture takes."""
     if not has_architecture(model.config):
         return None
-    size = image_processor(sample.image, return_tensors="pt")["pixel_values"].shape[-2:]
-    return count_flops(model, *size, keep_ratio=keep_ratio, num_clusters=None) / 1e9
+    height, width = image_processor(sample.image, return_tensors="pt")["pixel_values"].shape[-2:]
+    run = partial(class_scores, **views)
+    return count_flops(model, height, width, run, keep_ratio=keep_ratio, num_clusters=None) / 1e9

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..modeling.label_maps import class_names
 from .accumulator import Accumulator
 
 __all__ = ["Agreement", "ConfusionMatrix", "check_label_maps", "check_shapes"]
@@ -68,7 +69,7 @@ class ConfusionMatrix(Accumulator):
 
     def summary(self, id2label: Mapping[int, str] | None = None) -> dict[str, Any]:
         """What `compute` gives and, for each class by its name or number, `iou` and `accuracy`; NaN is None."""
-        names = [id2label[index] if id2label else str(index) for index in range(self.num_labels)]
+        names = class_names(id2label, self.num_labels)
         by_class = {"iou": self.iou(), "accuracy": self.class_accuracy()}
         return {
             **{name: number_or_none(value) for name, value in self.compute().items()},

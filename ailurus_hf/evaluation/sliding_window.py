@@ -50,7 +50,8 @@ def sliding_window_logits(
             if i == 0:  # all images have the same windows
                 count[..., top : top + window_size, left : left + window_size] += 1
     assert total is not None  # there is at least one window
-    return interpolate(total / count, size=(height, width), mode="bilinear")
+    total /= count
+    return total if images is pixel_values else interpolate(total, size=(height, width), mode="bilinear")
 
 
 def window_starts(length: int, window_size: int, window_stride: int) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from ..modeling.label_maps import class_names
 from ..utils.extras import needs_extra
 from .accumulator import Accumulator
 
@@ -89,7 +90,7 @@ class StreamingMetric(evaluate.Metric, ABC):
         _refuse(kwargs)
         scores: dict[str, Any] = self.counter.compute()
         for score, values in self.counter.by_class().items():
-            names = (self.id2label[index] if self.id2label else index for index in range(len(values)))
+            names = class_names(self.id2label, len(values))
             scores |= {f"{score}/{name}": value for name, value in zip(names, values.tolist(), strict=True)}
         self.counter.reset()
         return scores

@@ -6,22 +6,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..modeling.image_processing_ailurus import resized_label_maps
+from ..modeling.label_maps import class_names, labels_of_logits
 from .segmentation import ConfusionMatrix
 
 __all__ = ["SegmentationMetrics", "predictions_from_logits"]
 
 
-def predictions_from_logits(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+def predictions_from_logits(
+    logits: Tensor | tuple[Tensor, ...], labels: Tensor, binary_threshold: float = 0.5
+) -> Tensor:
     """`preprocess_logits_for_metrics`: label maps in place of logits, so that Trainer gathers little.
 
     Args:
         logits: (B, num_labels, h, w), or a tuple whose first entry they are.
         labels: (B, H, W); smaller logits are resized to them, bilinear.
+        binary_threshold: probability above which a pixel is class 1, where the logits have one channel.
     """
     scores = logits if isinstance(logits, Tensor) else logits[0]
-    if scores.shape[-2:] != labels.shape[-2:]:
-        scores = torch.nn.functional.interpolate(scores.float(), size=tuple(labels.shape[-2:]), mode="bilinear")
-    return scores.argmax(1)
+    if scores.shape[-2:] == labels.shape[-2:]:
+        return labels_of_logits(scores, binary_threshold)
+    return resized_label_maps(scores.float(), (labels.shape[-2], labels.shape[-1]), binary_threshold)
 
 
 class SegmentationMetrics:
@@ -31,13 +36,13 @@ class SegmentationMetrics:
     `ailurus_hf.training.SegmentationTrainer` where pictures differ in size.
 
     Args:
-        num_labels: number of classes.
+        num_labels: number of classes; 1, as of a model with one channel, counts background and foreground.
         ignore_index: label of pixels that do not count; Trainer's own filling, -100, never does.
-        id2label: names for the classes' IoU; None leaves it out.
+        id2label: names for the classes' IoU, with one channel of the foreground; None leaves it out.
     """
 
     def __init__(self, num_labels: int, ignore_index: int = 255, id2label: Mapping[int, str] | None = None) -> None:
-        self.matrix, self.id2label = ConfusionMatrix(num_labels, ignore_index), id2label
+        self.matrix, self.id2label = ConfusionMatrix(max(num_labels, 2), ignore_index), id2label
 
     def __call__(self, prediction: Any, compute_result: bool = True) -> dict[str, float]:
         """Add a batch; the scores, and a new start, when `compute_result`."""
@@ -46,7 +51,8 @@ class SegmentationMetrics:
             return {}
         scores = {"mean_iou": self.matrix.mean_iou(), "pixel_accuracy": self.matrix.pixel_accuracy()}
         if self.id2label is not None:
-            scores |= {f"iou_{self.id2label[index]}": iou for index, iou in enumerate(self.matrix.iou().tolist())}
+            names = class_names(self.id2label, self.matrix.num_labels)
+            scores |= {f"iou_{name}": iou for name, iou in zip(names, self.matrix.iou().tolist(), strict=True)}
         self.matrix.reset()
         return scores
 

@@ -90,6 +90,8 @@ def build_model_card(
         eval_results=_metadata(results, task, dataset),
     )
     classes = [] if task == FEATURES else [f"- Classes: {config.num_labels}."]
+    if task == TASKS[SEGMENTATION] and config.num_labels == 1:
+        classes = ["- Classes: background and foreground, by one channel."]
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),

@@ -40,9 +40,18 @@ class ClassColoursMixin:
         return config
 
     def check_palette(self) -> None:
-        """Raise ValueError unless there is a colour for each class, or no palette."""
-        if self.palette is not None and len(self.palette) != self.num_labels:
+        """Check that there is a colour for each class, of three whole numbers from 0 to 255, or no palette.
+
+        Raises:
+            ValueError: there is not.
+        """
+        if self.palette is None:
+            return
+        if len(self.palette) != self.num_labels:
             raise ValueError(
                 f"palette must have a colour for each of the num_labels={self.num_labels} classes, "
                 f"got {len(self.palette)}"
             )
+        for colour in self.palette:
+            if len(colour) != 3 or not all(value == int(value) and 0 <= value <= 255 for value in colour):
+                raise ValueError(f"palette must hold colours of three whole numbers from 0 to 255, got {list(colour)}")

@@ -8,7 +8,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 from .class_colours import ClassColoursMixin
-from .settings import AdaptiveResolutionMixin, at_least, finite, odd, one_of
+from .settings import AdaptiveResolutionMixin, at_least, between_zero_and_one, finite, odd, one_of
 
 
 @strict
@@ -20,11 +20,12 @@ class AiluRusDecodeHeadConfig(PreTrainedConfig):
             head with one layer and kernel size 1).
         num_layers: layers of the mask transformer, or convolutions of progressive upsampling.
         num_attention_heads: heads of the mask transformer; None means one per 64 channels.
-        intermediate_size: width of its MLP; None means four times that of the tokens.
+        intermediate_size: width of its MLP; None means four times that of its tokens.
         layer_norm_eps: epsilon of the head's LayerNorms; None means the encoder's.
         dropout_prob: dropout of the mask transformer's residual branches, or of whole channels before the classifier of
             progressive upsampling.
-        hidden_size: channels of the convolutions of progressive upsampling; None means the width of the tokens.
+        hidden_size: width of the mask transformer's tokens, or channels of the convolutions of progressive upsampling;
+            None means the width of the encoder's tokens.
         kernel_size: side of their kernels, odd.
         upscale: factor by which the map grows after each of them.
     """
@@ -99,6 +100,8 @@ class AiluRusConfig(ClassColoursMixin, AdaptiveResolutionMixin, BackboneConfigMi
         logits_resize: where an image is no whole number of patches: "crop" resizes the logits to the padded image and
             cuts the padding off (Segmenter), "squeeze" resizes them straight to the image (mmsegmentation).
         semantic_loss_ignore_index: label value that the segmentation loss leaves out.
+        binary_threshold: probability above which a pixel is foreground, class 1, in a segmentation model with
+            `num_labels=1`; see `label_maps.py`.
         palette: colour (red, green, blue) of every class in pictures, 0 to 255; None for a standard palette.
         window_size: side in pixels of the windows for sliding-window inference; None if the model takes whole images.
         window_stride: distance in pixels between windows; None means `window_size`.
@@ -144,6 +147,7 @@ class AiluRusConfig(ClassColoursMixin, AdaptiveResolutionMixin, BackboneConfigMi
     decode_head: Any = None  # a configuration once constructed, from whatever was given
     logits_resize: str = validated_field(one_of("crop", "squeeze"), default="crop")
     semantic_loss_ignore_index: int = 255
+    binary_threshold: float = validated_field(between_zero_and_one, default=0.5)
     palette: list[list[int]] | tuple[tuple[int, int, int], ...] | None = None
     window_size: int | None = validated_field(at_least(1), default=None)
     window_stride: int | None = validated_field(at_least(1), default=None)

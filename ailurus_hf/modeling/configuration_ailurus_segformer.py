@@ -7,7 +7,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 from .class_colours import ClassColoursMixin
-from .settings import StageResolutionMixin, at_least, one_of, positive
+from .settings import StageResolutionMixin, at_least, between_zero_and_one, one_of, positive
 
 # Settings with one value per stage, besides `stage_keep_ratios`.
 _PER_STAGE = ("depths", "hidden_sizes", "num_attention_heads", "sr_ratios", "patch_sizes", "strides", "mlp_ratios")
@@ -47,6 +47,8 @@ class AiluRusSegformerConfig(ClassColoursMixin, StageResolutionMixin, BackboneCo
         upsample_logits: whether logits come at the input's size, or as the head computes them, at the size of the first
             stage's grid (a quarter of the input's sides).
         semantic_loss_ignore_index: label value that the segmentation loss leaves out.
+        binary_threshold: probability above which a pixel is foreground, class 1, in a segmentation model with
+            `num_labels=1`; see `label_maps.py`.
         palette: colour (red, green, blue) of every class in pictures, 0 to 255; None for a standard palette.
         window_size: side in pixels of the windows for sliding-window inference; None if the model takes whole images.
         window_stride: distance in pixels between windows; None means `window_size`.
@@ -78,6 +80,7 @@ class AiluRusSegformerConfig(ClassColoursMixin, StageResolutionMixin, BackboneCo
     classifier_dropout_prob: float | int = 0.1
     upsample_logits: bool = True
     semantic_loss_ignore_index: int = 255
+    binary_threshold: float = validated_field(between_zero_and_one, default=0.5)
     palette: list[list[int]] | tuple[tuple[int, int, int], ...] | None = None
     window_size: int | None = validated_field(at_least(1), default=None)
     window_stride: int | None = validated_field(at_least(1), default=None)

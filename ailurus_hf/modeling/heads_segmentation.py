@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from .configuration_ailurus import AiluRusConfig
 from .configuration_ailurus_segformer import AiluRusSegformerConfig
+from .label_maps import binary_cross_entropy
 from .layers_ailurus import AiluRusLayer, LayerShape, map_to_tokens, tokens_to_map
 
 
@@ -15,12 +16,17 @@ def segmentation_loss(model: Any, logits: Tensor, labels: Tensor) -> Tensor:
     """The model's loss of logits (batch_size, num_labels, height, width) and labels (batch_size, height, width) int64,
     without the pixels labelled `config.semantic_loss_ignore_index`.
 
+    Cross entropy; with one channel binary cross entropy, as transformers' SegFormer has it: the sum over the pixels
+    that count, over the number of all pixels.
+
     Raises:
-        ValueError: the labels have another size.
+        ValueError: the labels have another size, or with one channel other values than 0 and 1.
     """
     expected = (logits.shape[0], *logits.shape[-2:])
     if labels.shape != expected:
         raise ValueError(f"labels must be (batch_size, height, width) = {expected}, got {tuple(labels.shape)}")
+    if model.config.num_labels == 1:
+        return binary_cross_entropy(logits, labels, model.config.semantic_loss_ignore_index)[0].mean()
     loss: Tensor = model.loss_function(logits, labels, ignore_index=model.config.semantic_loss_ignore_index)
     return loss
 
@@ -46,15 +52,27 @@ class AiluRusMaskTransformerHead(nn.Module):
 
     def __init__(self, config: AiluRusConfig):
         super().__init__()
-        size, head = config.hidden_size, config.decode_head
+        if config.num_labels < 2:
+            raise ValueError(
+                "num_labels must be at least 2 for decode_head.type='mask_transformer', which normalises over the "
+                f"classes, got {config.num_labels}; set num_labels=2, or decode_head.type='linear'"
+            )
+        head = config.decode_head
+        size = head.hidden_size or config.hidden_size
         shape = LayerShape(
+            hidden_size=size,
             # One head per 64 channels, whatever the encoder has: the original's rule.
             num_attention_heads=head.num_attention_heads or max(size // 64, 1),
             intermediate_size=head.intermediate_size or 4 * size,
             layer_norm_eps=head.layer_norm_eps or config.layer_norm_eps,
             dropout=head.dropout_prob,
         )
-        self.projection = nn.Linear(size, size)
+        if size % shape.num_attention_heads:
+            raise ValueError(
+                f"decode_head.hidden_size must be a multiple of its num_attention_heads={shape.num_attention_heads}, "
+                f"got {size}"
+            )
+        self.projection = nn.Linear(config.hidden_size, size)
         self.class_tokens = nn.Parameter(torch.zeros(1, config.num_labels, size))
         self.layers = nn.ModuleList(AiluRusLayer(config, shape) for _ in range(head.num_layers))
         self.layernorm = nn.LayerNorm(size, eps=shape.layer_norm_eps)

@@ -20,6 +20,7 @@ from .size_weighted_attention import size_weighted_attention
 class LayerShape(NamedTuple):
     """What the layers of the encoder and of the mask transformer have in common, and differ in."""
 
+    hidden_size: int
     num_attention_heads: int
     intermediate_size: int
     layer_norm_eps: float
@@ -136,13 +137,13 @@ class AiluRusAttention(nn.Module):
     def __init__(self, config: AiluRusConfig, shape: LayerShape):
         super().__init__()
         self.config = config
-        self.head_dim = config.hidden_size // shape.num_attention_heads
+        self.head_dim = shape.hidden_size // shape.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_probs_dropout_prob
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=shape.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=shape.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=shape.qkv_bias)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(shape.hidden_size, shape.hidden_size, bias=shape.qkv_bias)
+        self.k_proj = nn.Linear(shape.hidden_size, shape.hidden_size, bias=shape.qkv_bias)
+        self.v_proj = nn.Linear(shape.hidden_size, shape.hidden_size, bias=shape.qkv_bias)
+        self.o_proj = nn.Linear(shape.hidden_size, shape.hidden_size)
         self.q_norm, self.k_norm = (
             nn.LayerNorm(self.head_dim, eps=shape.layer_norm_eps) if shape.use_qk_norm else nn.Identity()
             for _ in range(2)
@@ -182,8 +183,8 @@ class AiluRusMLP(nn.Module):
     def __init__(self, config: AiluRusConfig, shape: LayerShape):
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, shape.intermediate_size)
-        self.fc2 = nn.Linear(shape.intermediate_size, config.hidden_size)
+        self.fc1 = nn.Linear(shape.hidden_size, shape.intermediate_size)
+        self.fc2 = nn.Linear(shape.intermediate_size, shape.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
@@ -194,9 +195,9 @@ class AiluRusSwiGLUFFN(nn.Module):
 
     def __init__(self, config: AiluRusConfig, shape: LayerShape):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, shape.intermediate_size)
-        self.up_proj = nn.Linear(config.hidden_size, shape.intermediate_size)
-        self.down_proj = nn.Linear(shape.intermediate_size, config.hidden_size)
+        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size)
+        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size)
+        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
@@ -231,7 +232,7 @@ class AiluRusLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: AiluRusConfig, shape: LayerShape):
         super().__init__()
-        size, scale = config.hidden_size, shape.layerscale_value
+        size, scale = shape.hidden_size, shape.layerscale_value
         self.layernorm_before = nn.LayerNorm(size, eps=shape.layer_norm_eps)
         self.attention = AiluRusAttention(config, shape)
         self.layer_scale1 = nn.Identity() if scale is None else AiluRusLayerScale(size, scale)

@@ -24,6 +24,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_ailurus import AiluRusConfig
 from .heads_segmentation import HEADS, AiluRusMaskTransformerHead, segmentation_loss
+from .label_maps import name_foreground
 from .layers_ailurus import (
     AiluRusLayer,
     AiluRusLayerScale,
@@ -304,6 +305,7 @@ class AiluRusModel(AiluRusPreTrainedModel):
 
 def _encoder_shape(config: AiluRusConfig, index: int) -> LayerShape:
     return LayerShape(
+        hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
         intermediate_size=config.intermediate_size,
         layer_norm_eps=config.layer_norm_eps,
@@ -361,6 +363,7 @@ class AiluRusForSemanticSegmentation(AiluRusPreTrainedModel):
     """AiluRus encoder with Segmenter's or SETR's head, see `config.decode_head`."""
 
     def __init__(self, config: AiluRusConfig):
+        name_foreground(config)
         super().__init__(config)
         self.ailurus = AiluRusModel(config)
         self.decode_head = HEADS[config.decode_head.type](config)

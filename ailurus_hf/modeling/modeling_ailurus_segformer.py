@@ -23,6 +23,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_ailurus_segformer import AiluRusSegformerConfig
 from .heads_segmentation import AiluRusSegformerDecodeHead, segmentation_loss
+from .label_maps import name_foreground
 from .layers_ailurus import (
     AiluRusDropPath,
     GroupingOutput,
@@ -442,6 +443,7 @@ class AiluRusSegformerForSemanticSegmentation(AiluRusSegformerPreTrainedModel):
     """Hierarchical AiluRus encoder with SegFormer's all-MLP head."""
 
     def __init__(self, config: AiluRusSegformerConfig):
+        name_foreground(config)
         super().__init__(config)
         self.segformer = AiluRusSegformerModel(config)
         self.decode_head = AiluRusSegformerDecodeHead(config)

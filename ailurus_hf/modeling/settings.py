@@ -37,6 +37,11 @@ def in_unit_interval(include_zero: bool) -> Any:
     return check
 
 
+def between_zero_and_one(value: float) -> None:
+    if not 0 < value < 1:
+        raise ValueError(f"must be above 0 and below 1, got {value}")
+
+
 def one_of(*choices: str | None) -> Any:
     def check(value: str | None) -> None:
         if value not in choices:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.labelled import LabelledImage
+from ..modeling.label_maps import binary_cross_entropy
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -18,9 +19,12 @@ __all__ = ["SegmentationLoss", "class_weights", "count_labels"]
 class SegmentationLoss:
     """Cross entropy over the pixels that count; `compute_loss_func` of `transformers.Trainer`.
 
+    Logits of one channel are the foreground's, class 1, and the cross entropy is binary.
+
     Args:
         ignore_index: label of pixels that do not count.
-        weight: (num_labels,) weight of each class; None weighs all alike.
+        weight: (num_labels,) weight of each class, of background and foreground with one channel; None weighs all
+            alike.
     """
 
     def __init__(self, ignore_index: int = 255, weight: Tensor | None = None) -> None:
@@ -41,7 +45,11 @@ class SegmentationLoss:
         if logits.shape[-2:] != labels.shape[-2:]:
             logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear")
         # "mean" would divide by this micro-batch's pixels, and a step of several would weigh them by how few they are.
-        loss = F.cross_entropy(logits, labels, weight, ignore_index=self.ignore_index, reduction="sum")
+        if logits.shape[1] == 1:
+            losses, counted = binary_cross_entropy(logits, labels, self.ignore_index)
+            loss = (losses if weight is None else losses * weight[torch.where(counted, labels, 0)]).sum()
+        else:
+            loss = F.cross_entropy(logits, labels, weight, ignore_index=self.ignore_index, reduction="sum")
         total = self.total_weight(labels) if num_items_in_batch is None else num_items_in_batch
         # Where no pixel counts the sum is 0, and so is the loss.
         return loss / torch.as_tensor(total, dtype=loss.dtype, device=loss.device).clamp(min=TINY)

@@ -162,10 +162,12 @@ class SegmentationTrainer(Trainer):
         card.save(os.path.join(self.args.output_dir, "README.md"))
 
     def _counts(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """(B, num_labels, h, w) logits and (B, H, W) labels -> (B, num_labels, num_labels) counts."""
+        """(B, num_labels, h, w) logits and (B, H, W) labels -> (B, num_labels, num_labels) counts, of two classes with
+        one channel."""
         counts = []
-        for prediction, truth in zip(predictions_from_logits(logits, labels), labels, strict=True):
-            matrix = ConfusionMatrix(logits.shape[1], self.segmentation_loss.ignore_index)
+        threshold = getattr(self.model.config, "binary_threshold", 0.5)
+        for prediction, truth in zip(predictions_from_logits(logits, labels, threshold), labels, strict=True):
+            matrix = ConfusionMatrix(max(logits.shape[1], 2), self.segmentation_loss.ignore_index)
             matrix.update(prediction, truth)
             counts.append(matrix.counts.to(labels.device))
         return torch.stack(counts)

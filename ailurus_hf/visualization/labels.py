@@ -11,7 +11,15 @@ MAX_INDEXED_CLASSES = 256
 
 
 def model_palette(config: Any) -> np.ndarray:
-    """Colours (num_labels, 3) uint8: `config.palette`, or else the colour map of the PASCAL VOC labels."""
+    """Colours of the classes, (num_labels, 3) uint8: `config.palette`, or else the colour map of the PASCAL VOC labels.
+
+    Of a model with one channel, (2, 3): the background is black.
+    """
+    colours = _colours(config)
+    return np.concatenate([np.zeros_like(colours), colours]) if config.num_labels == 1 else colours
+
+
+def _colours(config: Any) -> np.ndarray:
     if (palette := getattr(config, "palette", None)) is not None:
         return np.asarray(palette, dtype=np.uint8)
     classes = np.arange(1, config.num_labels + 1)  # 0, black in that colour map, would be invisible in an overlay

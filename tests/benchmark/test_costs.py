@@ -1,10 +1,15 @@
 import time
 
+import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
 
-from ailurus_hf import AiluRusBackbone, AiluRusForSemanticSegmentation, AiluRusModel
+from ailurus_hf import AiluRusBackbone, AiluRusForSemanticSegmentation, AiluRusImageProcessor, AiluRusModel
 from ailurus_hf.benchmark import count_flops, speed_up, time_side_by_side
+from ailurus_hf.data import LabelledImage
+from ailurus_hf.evaluation import evaluate_segmentation
 from tests.factories import tiny_config, tiny_model
 
 
@@ -44,6 +49,49 @@ def test_large_models_are_counted_without_their_memory():
         model = AiluRusModel(tiny_config(**sizes, patch_size=16, image_size=640))
     flops = count_flops(model, 640, 640, keep_ratio=1.0)
     assert 1.2e12 < flops < 1.25e12  # 608 G multiply-adds
+
+
+# peft 0.21 reads a name that transformers 5.23 renamed.
+PEFT_READS_AN_OLD_NAME = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def lora(model, rank=4):
+    return get_peft_model(model, LoraConfig(r=rank, target_modules=["q_proj", "v_proj"])).eval()
+
+
+@PEFT_READS_AN_OLD_NAME
+def test_layers_that_peft_adds_are_counted():
+    model = tiny_model(AiluRusModel, keep_ratio=0.25)
+    plain = count_flops(model, 48, 48)
+    wrapped = lora(tiny_model(AiluRusModel, keep_ratio=0.25))
+    added = 2 * 2 * (2 * 32 * 4)  # two projections, each by way of 4 numbers, for a token
+    assert count_flops(wrapped, 48, 48) == plain + added * (2 * 37 + 2 * 10)
+    assert count_flops(wrapped, 48, 48, keep_ratio=1) == count_flops(model, 48, 48, keep_ratio=1) + added * 4 * 37
+    assert wrapped.get_base_model().config.keep_ratio == 0.25
+    assert {parameter.device.type for parameter in wrapped.parameters()} == {"cpu"}
+
+
+@PEFT_READS_AN_OLD_NAME
+@pytest.mark.parametrize(
+    ("views", "forwards"),
+    [
+        ({}, [(40, 56)]),
+        ({"flip": True}, [(40, 56)] * 2),
+        ({"scales": (0.5, 1), "flip": True}, [(20, 28)] * 2 + [(40, 56)] * 2),
+        ({"sliding_window": True}, [(32, 32)] * 6),  # two rows of windows, at 0, 16, 24 along the width
+        ({"sliding_window": True, "flip": True}, [(32, 32)] * 12),
+    ],
+)
+def test_evaluation_counts_every_forward(views, forwards):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(256, size=(40, 56, 3), dtype=np.uint8))
+    samples = [LabelledImage(image, np.zeros((40, 56), dtype=np.int64), "a picture")]
+    for wrap in (lambda model: model, lora):
+        model = wrap(tiny_model(AiluRusForSemanticSegmentation, window_size=32, window_stride=16))
+        report = evaluate_segmentation(model, AiluRusImageProcessor(), samples, (0.25,), progress=False, **views)
+        for result in report.budgets:
+            expected = sum(count_flops(model, *size, keep_ratio=result.keep_ratio) for size in forwards)
+            assert result.gflops == pytest.approx(expected / 1e9)
 
 
 def test_variants_take_turns():

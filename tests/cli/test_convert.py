@@ -64,6 +64,11 @@ def test_options_reach_the_config(source: str, capfd: pytest.CaptureFixture[str]
     assert len(list(Path("out").glob("model-*.safetensors"))) > 1
 
 
+def test_entry(source: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert "its entries are 'model'" in refused(capfd, "convert", "segmenter", source, "out", "--entry", "model_ema")
+    assert run(capfd, "convert", "segmenter", source, "out", "--entry", "model")[0] == 0
+
+
 def test_json(source: str, capfd: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capfd, "convert", "segmenter", source, "out", "--json")
     report = json.loads(out)

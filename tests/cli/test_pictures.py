@@ -98,6 +98,103 @@ def test_predict_by_sliding_windows(capfd):
     assert json.loads(out)[0]["tokens"] is None
 
 
+def odd_files(folder):
+    """One picture among files of picture's names that are none, or too small."""
+    folder = Path(folder)
+    folder.mkdir()
+    Image.fromarray(PIXELS).save(folder / "a.png")
+    (folder / "folder.png").mkdir()
+    (folder / "link.png").symlink_to("gone.png")
+    os.mkfifo(folder / "pipe.png")
+    Image.fromarray(PIXELS[:5, :5]).save(folder / "small.png")
+    (folder / "text.png").write_text("no picture")
+    for litter in ("._a.png", "Thumbs.db"):
+        (folder / litter).write_bytes(b"litter")
+    return [folder / f"{name}.png" for name in ("folder", "link", "pipe", "small", "text")]
+
+
+def test_predict_names_and_skips_what_cannot_be_read(capfd):
+    odd = odd_files("odd")
+    for file in odd:
+        assert str(file) in refused(capfd, "predict", str(file), "--model", "model")
+    code, out, err = run(capfd, "predict", "odd", "--model", "model", "--skip-unreadable")
+    assert code == 0
+    assert out.splitlines()[-1] == "written to predictions: 1 x .labels.png, .overlay.png, .json"
+    assert [str(file) in line for file, line in zip(odd, err.splitlines(), strict=True)] == [True] * len(odd)
+    assert all(line.startswith("ailurus-hf: warning: skipped: ") for line in err.splitlines())
+    assert run(capfd, "predict", "odd/a.png", "odd/Thumbs.db", "--model", "model")[0] == 0
+    message = refused(capfd, "predict", *map(str, odd[1:]), "--model", "model", "--skip-unreadable", "--out", "other")
+    assert "none of the 4 pictures could be read; the first: odd/link.png is a link to gone.png" in message
+
+
+def test_evaluate_skips_what_predict_skips(capfd):
+    odd = odd_files("odd")
+    Path("labels").mkdir()
+    for name, size in (("a", (70, 44)), ("small", (5, 5)), ("text", (1, 1))):
+        Image.new("L", size).save(f"labels/{name}.png")
+    arguments = ("evaluate", "--model", "model", "--images", "odd", "--labels", "labels", "--keep-ratio", "1", "--json")
+    code, out, _ = run(capfd, *arguments, "--skip-unreadable")
+    assert code == 0
+    report = json.loads(out)
+    assert report["pictures"] == 1
+    assert [file.name in line for file, line in zip(odd, report["skipped"], strict=True)] == [True] * len(odd)
+
+
+def test_predict_goes_on_where_it_was_interrupted(capfd, monkeypatch):
+    arguments = ("predict", "pictures", "--model", "model", "--json")
+    _, whole, _ = run(capfd, *arguments, "--out", "whole")
+    _, first, _ = run(capfd, *arguments[:1], "pictures/first.png", *arguments[2:])
+    Path("predictions/second.labels.png").write_bytes(b"")  # a picture is done when its last file is there
+    written = {path: path.stat().st_mtime_ns for path in Path("predictions").glob("first.*")}
+    code, out, _ = run(capfd, *arguments, "--resume")
+    assert code == 0
+    assert json.loads(out) == json.loads(whole)
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert Path("predictions/second.labels.png").read_bytes() == Path("whole/second.labels.png").read_bytes()
+    _, out, _ = run(capfd, *arguments[:-1], "--resume")
+    assert out.splitlines()[-1] == "written to predictions: 2 x .labels.png, .overlay.png, .json (2 of them before)"
+    assert json.loads(first)[0] == json.loads(whole)[0]
+
+
+def test_predict_in_folders_below(capfd):
+    for folder in ("pictures/a", "pictures/b/c"):
+        Path(folder).mkdir(parents=True)
+        Image.fromarray(PIXELS).save(f"{folder}/first.png")
+    arguments = ("predict", "pictures", "--model", "model", "--recursive", "--out", "pictures/out")
+    for _ in range(2):  # results among the pictures are no pictures
+        assert run(capfd, *arguments)[0] == 0
+        found = {str(path.relative_to("pictures/out")) for path in Path("pictures/out").rglob("*.json")}
+        assert found == {"first.json", "second.json", "a/first.json", "b/c/first.json"}
+    assert "2 pictures would all be written as first.*" in refused(
+        capfd, "predict", "pictures", "pictures/a", "--model", "model"
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({0: "a", 1: "b", 7: "c", 8: "d", 9: "e"}, ["a", "b", "LABEL_2", "LABEL_3", "LABEL_4"]),
+        ({"0": "a", "1": "a", "2": "c", "3": "d", "4": "e"}, ["a (0)", "a (1)", "c", "d", "e"]),
+    ],
+)
+def test_classes_without_names_of_their_own(capfd, names, expected):
+    config = json.loads(Path("model/config.json").read_text())
+    config["id2label"] = names
+    config.pop("label2id", None)
+    Path("model/config.json").write_text(json.dumps(config))
+    code, out, err = run(capfd, "predict", "pictures/first.png", "--model", "model", "--json")
+    assert (code, err) == (0, "")
+    assert all(entry["name"] == expected[entry["id"]] for entry in json.loads(out)[0]["classes"])
+    Path("labels").mkdir()
+    for name, size in (("first", (70, 44)), ("second", (40, 44))):
+        Image.new("L", size).save(f"labels/{name}.png")
+    arguments = ("--images", "pictures", "--labels", "labels", "--model", "model", "--json")
+    code, out, _ = run(capfd, "evaluate", *arguments)
+    assert code == 0
+    assert list(json.loads(out)["budgets"][0]["iou"]) == expected
+    assert run(capfd, "visualize", "pictures/first.png", "--model", "model")[0] == 0
+
+
 def test_predict_warns_without_an_image_processor(capfd):
     Path("model/preprocessor_config.json").unlink()
     code, _, err = run(capfd, "predict", "pictures/first.png", "--model", "model")
@@ -123,6 +220,7 @@ def test_predict_warns_without_an_image_processor(capfd):
         (["pictures", "--out", "pictures/first.png/below"], "pictures/first.png is a file"),
         (["pictures", "--out", "locked/out"], "the folder"),
         (["broken/empty.png"], "broken/empty.png is empty"),
+        (["broken/Thumbs.db"], "there are no pictures among the files"),
         (["broken/text.png"], "broken/text.png is not a picture"),
         (["broken/cut.png"], "broken/cut.png is damaged or cut short"),
         (["broken/animated.gif"], "broken/animated.gif is animated (3 frames)"),
@@ -139,6 +237,7 @@ def test_predict_refuses(capfd, monkeypatch, arguments, message):
     Path("broken/cut.png").write_bytes(Path("broken/cut.png").read_bytes()[:300])
     Path("broken/empty.png").write_bytes(b"")
     Path("broken/text.png").write_text("hello")
+    Path("broken/Thumbs.db").write_text("hello")
     picture.resize((5, 5)).save("broken/small.png")
     picture.save("broken/animated.gif", save_all=True, append_images=[picture.rotate(90), picture.rotate(180)])
     may_access = os.access  # root may write anywhere, so a read-only folder is simulated

@@ -47,6 +47,7 @@ class Mmseg(nn.Module):
         head: one of `HEADS`.
         mode: how positions are resized.
         plain: without the bias of the patches and without the last norm, which some versions do not have.
+        head_width: width of the mask head's tokens.
     """
 
     NAMES: ClassVar = {
@@ -54,7 +55,7 @@ class Mmseg(nn.Module):
         "norm2.": "ln2.",
     }  # fmt: skip
 
-    def __init__(self, head: str, mode: str, plain: bool = False) -> None:
+    def __init__(self, head: str, mode: str, plain: bool = False, head_width: int = WIDTH) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.kind, self.mode = head, mode
@@ -67,21 +68,21 @@ class Mmseg(nn.Module):
         if head in ("mask", "linear") and not plain:
             self.backbone.ln1 = nn.LayerNorm(WIDTH, eps=1e-6)
         if head == "mask":
-            self._add_mask_head()
+            self._add_mask_head(head_width)
         elif head == "linear":
             self.decode_head.conv_seg = nn.Conv2d(WIDTH, len(CLASSES), 1)
         else:
             self._add_setr_head(*((1, 4, 1) if head == "naive" else (4, 2, 3)))
         _shake(self)
 
-    def _add_mask_head(self) -> None:
+    def _add_mask_head(self, width: int) -> None:
         head = self.decode_head
-        head.cls_emb = nn.Parameter(torch.randn(1, len(CLASSES), WIDTH))
-        head.layers = _layers(2, heads=2, eps=1e-5)
-        head.dec_proj = nn.Linear(WIDTH, WIDTH)
-        head.patch_proj = nn.Linear(WIDTH, WIDTH, bias=False)
-        head.classes_proj = nn.Linear(WIDTH, WIDTH, bias=False)
-        head.decoder_norm, head.mask_norm = nn.LayerNorm(WIDTH), nn.LayerNorm(len(CLASSES))
+        head.cls_emb = nn.Parameter(torch.randn(1, len(CLASSES), width))
+        head.layers = _layers(2, heads=2, eps=1e-5, width=width)
+        head.dec_proj = nn.Linear(WIDTH, width)
+        head.patch_proj = nn.Linear(width, width, bias=False)
+        head.classes_proj = nn.Linear(width, width, bias=False)
+        head.decoder_norm, head.mask_norm = nn.LayerNorm(width), nn.LayerNorm(len(CLASSES))
 
     def _add_setr_head(self, num_convs: int, up_scale: int, kernel_size: int) -> None:
         self.decode_head.norm = nn.LayerNorm(WIDTH, eps=1e-6)
@@ -136,9 +137,9 @@ class Mmseg(nn.Module):
         return head.conv_seg(maps)
 
 
-def _layers(count: int, heads: int, eps: float) -> nn.ModuleList:
+def _layers(count: int, heads: int, eps: float, width: int = WIDTH) -> nn.ModuleList:
     return nn.ModuleList(
-        nn.TransformerEncoderLayer(WIDTH, heads, 4 * WIDTH, 0.0, "gelu", eps, batch_first=True, norm_first=True)
+        nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", eps, batch_first=True, norm_first=True)
         for _ in range(count)
     )
 
@@ -160,6 +161,7 @@ def write_mmseg(
     replaced: Mapping[str, str] | None = None,
     plain: bool = False,
     tensors: Mapping[str, torch.Tensor] | None = None,
+    head_width: int = WIDTH,
     **changes: str,
 ) -> Mmseg:
     """Write a checkpoint; return the model it is of, in evaluation mode.
@@ -170,6 +172,7 @@ def write_mmseg(
         replaced: texts of the config -> other texts.
         plain: see `Mmseg`.
         tensors: more tensors, or others of the same names.
+        head_width: width of the mask head's tokens.
         changes: settings of the config, by name, the first of that name -> other values.
     """
     mode = "bicubic" if head in ("mask", "linear") else "bilinear"
@@ -178,11 +181,11 @@ def write_mmseg(
     for old, new in (replaced or {}).items():
         assert old in text
         text = text.replace(old, new)
-    text = text.replace("MODE", mode)
+    text = text.replace("MODE", mode).replace("num_heads=2, embed_dims=24", f"num_heads=2, embed_dims={head_width}")
     for key, value in changes.items():
         text, count = re.subn(rf"\b{key}=(\([^)]*\)|[^,()]+)", f"{key}={value}", text, count=1)
         assert count == 1
-    model = Mmseg(head, "bilinear" if "bilinear" in text else mode, plain).eval()
+    model = Mmseg(head, "bilinear" if "bilinear" in text else mode, plain, head_width).eval()
     content = {"state_dict": model.names() | dict(tensors or {})}
     if layout == "0.x":
         content["meta"] = {"config": text, "CLASSES": CLASSES, "PALETTE": PALETTE}

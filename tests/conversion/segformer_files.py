@@ -55,8 +55,21 @@ def _conv(width: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(24), activate=nn.ReLU()))
 
 
-def write_segformer(folder: Path, origin: str) -> Forward:
-    """Write a checkpoint; return what the original computes: quarter-size logits (batch_size, num_labels, h, w)."""
+IMAGENET = "mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375]"
+# what configs say of pictures, by origin
+PICTURES = {
+    "nvlabs": f"img_norm_cfg = dict({IMAGENET}, to_rgb=True)",
+    "mmseg": f"data_preprocessor = dict({IMAGENET}, bgr_to_rgb=True)",
+}
+
+
+def write_segformer(folder: Path, origin: str, settings: str | None = None) -> Forward:
+    """Write a checkpoint; return what the original computes: quarter-size logits (batch_size, num_labels, h, w).
+
+    Args:
+        origin: one of `ORIGINS`.
+        settings: more lines of the config of NVlabs' or mmsegmentation's; by default what `PICTURES` has.
+    """
     folder.mkdir(parents=True)
     model = native()
     if origin in ("transformers", "transformers 4"):
@@ -68,15 +81,17 @@ def write_segformer(folder: Path, origin: str) -> Forward:
         if isinstance(module, nn.LayerNorm):
             special = "patch_embeddings" in name or "sequence_reduction" in name
             module.eps = 1e-5 if origin == "nvlabs" and special else 1e-6
-    meta = {"config" if origin == "nvlabs" else "cfg": f"model = dict(backbone=dict(num_heads={list(HEADS)}, f=f()))"}
+    config = PICTURES[origin] if settings is None else settings
+    config = f"unread = dict(num_heads={list(HEADS)}, f=f())\n{config}"
+    meta: dict[str, Any] = {"config" if origin == "nvlabs" else "cfg": config}
     if origin == "nvlabs":
         tensors = _nvlabs_tensors(model.state_dict())
         torch.save({"state_dict": tensors, "meta": meta | {"CLASSES": tuple("abcde")}}, folder / "iter_1.pth")
         return lambda pixel_values: model(pixel_values).logits
+    meta["dataset_meta"] = {"classes": tuple("abcde"), "reduce_zero_label": True}
     head = MmsegHead().eval()
     tensors = _mmseg_backbone(model.state_dict())
     tensors |= {f"decode_head.{name}": tensor for name, tensor in head.state_dict().items()}
-    meta["dataset_meta"] = {"classes": tuple("abcde")}
     content = {"state_dict": tensors, "meta": meta, "message_hub": Namespace(log=1)}
     torch.save(content, folder / "iter_1.pth")
     return lambda pixel_values: head(model(pixel_values, output_hidden_states=True).hidden_states)

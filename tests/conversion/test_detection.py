@@ -4,7 +4,7 @@ import json
 import re
 from argparse import Namespace
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -15,17 +15,23 @@ import ailurus_hf
 from ailurus_hf import AiluRusConfig, AiluRusForSemanticSegmentation, AiluRusImageProcessor
 from ailurus_hf.cli.app import main
 from ailurus_hf.cli.convert import convert
+from ailurus_hf.cli.loading import load_model
 from ailurus_hf.conversion import CheckpointError, convert_checkpoint
 from ailurus_hf.conversion.detection import recognise
 from ailurus_hf.conversion.recipe import Evidence
 from ailurus_hf.conversion.recipes import RECIPES
 from ailurus_hf.conversion.recipes.timm_style import BLOCK
+from ailurus_hf.registry import ARCHITECTURES
 from tests.conversion.mmseg_files import write_mmseg
 from tests.conversion.segformer_files import ORIGINS, write_segformer
 from tests.conversion.segmenter_files import segmenter_variant, write_segmenter
 from tests.conversion.vit_files import HEADS, vit_tensors, write_timm
 from tests.factories import tiny_model, tiny_segformer
 from tests.paths import ROOT, golden
+
+OWN = [
+    (model_type, name) for model_type in ("ailurus", "ailurus_segformer") for name in ARCHITECTURES[model_type].models
+]
 
 
 def write_source(folder: Path, format: str) -> Path:
@@ -235,6 +241,24 @@ class TestAilurus:
         for key, tensor in model.state_dict().items():
             assert torch.equal(tensor, loaded.state_dict()[key])
 
+    @pytest.mark.parametrize("recipe", ["auto", "ailurus", "segformer", "transformers"])
+    @pytest.mark.parametrize(("model_type", "name"), OWN)
+    def test_nothing_changes_unasked(self, model_type: str, name: str, recipe: str, tmp_path: Path) -> None:
+        """Under whatever name: our SegFormer has the tensor names of transformers'."""
+        model_class = ARCHITECTURES[model_type].load(ARCHITECTURES[model_type].models[name])
+        settings: dict[str, Any] = {"keep_ratio": 0.3, "unfold": "copy", "palette": [[1, 2, 3]] * 5, "window_size": 64}
+        settings |= {"window_stride": 32, "semantic_loss_ignore_index": 77, "id2label": dict(enumerate("vwxyz"))}
+        if model_type == "ailurus":
+            model = tiny_model(model_class, **settings, decoder_type="mask_transformer", decoder_num_attention_heads=2)
+        else:
+            model = tiny_segformer(model_class, **settings, stage_keep_ratios=[1, 0.9, 0.5, 0.25], patch_norm_eps=1e-5)
+        model.save_pretrained(tmp_path / "in")
+        AiluRusImageProcessor(image_mean=[0.1, 0.2, 0.3], do_reduce_labels=True).save_pretrained(tmp_path / "in")
+        report = convert_checkpoint(recipe, tmp_path / "in", tmp_path / "out")
+        assert report.recipe == "ailurus"
+        for file in ("config.json", "preprocessor_config.json", "model.safetensors"):
+            assert (tmp_path / "in" / file).read_bytes() == (tmp_path / "out" / file).read_bytes(), file
+
     def test_command_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         tiny_model(AiluRusForSemanticSegmentation).save_pretrained("in")
@@ -251,6 +275,18 @@ class TestAilurus:
         config.write_text(json.dumps(settings | {"architectures": ["Other"]}))
         with pytest.raises(CheckpointError, match="architectures must name one of"):
             convert_checkpoint("ailurus", tmp_path / "in", tmp_path / "out")
+        for names in ([1], "AiluRusModel", 5, [["AiluRusModel"]], [None]):
+            config.write_text(json.dumps(settings | {"architectures": names}))
+            with pytest.raises(CheckpointError, match="architectures must be a list of class names"):
+                convert_checkpoint("ailurus", tmp_path / "in", tmp_path / "out")
+            with pytest.raises(CheckpointError, match="architectures must be a list of class names"):
+                load_model(tmp_path / "in")
+        for change in ({"num_hidden_layers": 10**9}, {"decode_head": {"num_layers": 10**9}}):
+            config.write_text(json.dumps(settings | change))
+            with pytest.raises(
+                CheckpointError, match="the settings give the model 1000000000 layers, but there are 72"
+            ):
+                convert_checkpoint("ailurus", tmp_path / "in", tmp_path / "out")
         config.write_text(json.dumps(settings | {"model_type": "vit"}))
         with pytest.raises(CheckpointError, match="'ailurus' or 'ailurus_segformer', got 'vit'"):
             convert_checkpoint("ailurus", tmp_path / "in", tmp_path / "out")

@@ -1,21 +1,29 @@
 """The mmsegmentation recipe: names, settings read without running them, outputs of the original code."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import pipeline
 
 from ailurus_hf import AiluRusConfig, AiluRusForSemanticSegmentation, AiluRusImageProcessor
-from ailurus_hf.conversion import CheckpointError, convert_checkpoint
+from ailurus_hf.conversion import CheckpointError, CheckpointWarning, convert_checkpoint, engine
 from ailurus_hf.conversion.engine import check_rules_used, map_keys
 from ailurus_hf.conversion.reading.python_config import parse_config
+from ailurus_hf.conversion.reading.sources import read_tensors
+from ailurus_hf.conversion.recipe import Pictures
+from ailurus_hf.conversion.recipes import mmseg
 from ailurus_hf.conversion.recipes.mmseg import HEADS as HEAD_CLASSES
 from ailurus_hf.conversion.recipes.mmseg import mmseg_rules
-from ailurus_hf.evaluation import sliding_window_logits
-from tests.conversion.mmseg_files import CLASSES, CONFIG, HEADS, PALETTE, write_mmseg
+from ailurus_hf.evaluation import segment_image, sliding_window_logits
+from ailurus_hf.modeling.label_maps import class_names
+from tests.conversion.mmseg_files import CLASSES, CONFIG, HEADS, PALETTE, Mmseg, write_mmseg
 from tests.paths import golden
 
 TOLERANCE = 3e-5
@@ -49,6 +57,18 @@ class TestLogits:
         assert model.config.id2label == dict(enumerate(CLASSES))
         if head in ("naive", "pup"):
             assert {int(norm.num_batches_tracked) for norm in model.decode_head.batch_norms} == {1234}
+
+    @pytest.mark.parametrize("width", [16, 40])
+    @torch.no_grad()
+    def test_a_mask_head_of_another_width(self, width: int, tmp_path: Path) -> None:
+        """Narrower than the encoder's 24 channels, or wider."""
+        source = write_mmseg(tmp_path / "source", "mask", head_width=width)
+        report = convert_checkpoint("auto", tmp_path / "source", tmp_path / "out")
+        assert report.verification is not None
+        model = AiluRusForSemanticSegmentation.from_pretrained(tmp_path / "out", keep_ratio=1.0).eval()
+        assert (model.config.hidden_size, model.config.decode_head.hidden_size) == (24, width)
+        images = torch.randn(2, 3, 37, 59)
+        assert (model(images).logits - source(images)).abs().max() <= TOLERANCE
 
     @pytest.mark.parametrize("head", ["mask", "linear"])
     @torch.no_grad()
@@ -148,13 +168,29 @@ class TestSettings:
 
     def test_windows_that_are_not_square(self, tmp_path: Path) -> None:
         write_mmseg(tmp_path / "source", "mask", crop_size="(32, 48)")
-        convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
+        with pytest.warns(CheckpointWarning, match=r"windows of crop_size=\(32, 48\), stride=\(24, 24\) are not kept"):
+            convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
         assert AiluRusConfig.from_pretrained(tmp_path / "out").window_size is None
 
     def test_a_classifier_that_the_mask_head_does_not_use(self, tmp_path: Path) -> None:
         write_mmseg(tmp_path / "source", "mask", tensors={"decode_head.conv_seg.bias": torch.zeros(2)})
         dropped = convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out").dropped
         assert set(dropped) == {"auxiliary_head.0.conv_seg.weight", "decode_head.conv_seg.bias"}
+
+    def test_names_and_colours_of_the_file(self, tmp_path: Path) -> None:
+        write_mmseg(tmp_path / "source", "linear")
+        content = read_tensors(tmp_path / "source" / "iter_2.pth", objects=True)
+        content = {name: content[name] for name in ("meta", "state_dict")}
+        content["meta"]["dataset_meta"] = {"classes": ("a", "", "c", "a")}
+        torch.save(content, tmp_path / "source" / "iter_2.pth")
+        with pytest.warns(CheckpointWarning) as caught:
+            convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
+        said = [str(warning.message) for warning in caught]
+        assert said == ["no name for class 1; set them with --labels", "several classes have the name a"]
+        content["meta"]["dataset_meta"] = {"classes": CLASSES, "palette": [[0, 0, 300]] * 4}
+        torch.save(content, tmp_path / "source" / "iter_2.pth")
+        with pytest.raises(ValueError, match="palette must hold colours of three whole numbers from 0 to 255"):
+            convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "other")
 
     def test_a_config_beside_the_checkpoint(self, tmp_path: Path) -> None:
         source = write_mmseg(tmp_path / "source", "linear")
@@ -164,6 +200,142 @@ class TestSettings:
         text = CONFIG.replace("HEAD", HEADS["linear"]).replace("MODE", "bicubic").replace("TEST", "None")
         (tmp_path / "source" / "linear.py").write_text(text)
         convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
+
+
+MEAN, STD = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+OLD = {"data = dict(type='SegDataPreProcessor',": "img_norm_cfg = dict(", "data_preprocessor=data,": ""}
+# what a config says of the order of the channels, and whether the model takes blue, green, red
+ORDERS: dict[str, tuple[dict[str, str], bool]] = {
+    "turned": ({}, False),
+    "turned, by its other name": ({"bgr_to_rgb=True": "rgb_to_bgr=True"}, False),
+    "as it is in files": ({"bgr_to_rgb=True": "bgr_to_rgb=False"}, True),
+    "not told": ({", bgr_to_rgb=True": ""}, True),
+    "0.x, turned": ({**OLD, "bgr_to_rgb=True": "to_rgb=True"}, False),
+    "0.x, as it is in files": ({**OLD, "bgr_to_rgb=True": "to_rgb=False"}, True),
+    "0.x, not told": ({**OLD, ", bgr_to_rgb=True": ""}, False),
+}
+
+
+class TestPictures:
+    @pytest.mark.parametrize("order", ORDERS)
+    @torch.no_grad()
+    def test_from_a_picture_to_its_logits(self, order: str, tmp_path: Path) -> None:
+        replaced, bgr = ORDERS[order]
+        source = write_mmseg(tmp_path / "source", "linear", replaced=replaced)
+        report = convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
+        assert report.verification is not None
+        assert "from a picture on" in report.verification.against
+        picture = torch.randint(0, 256, (3, 37, 59), dtype=torch.uint8)
+        values = (picture.flip(0) if bgr else picture).float()
+        expected = source(((values - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1))[None])
+        model = AiluRusForSemanticSegmentation.from_pretrained(tmp_path / "out", keep_ratio=1.0).eval()
+        processor = AiluRusImageProcessor.from_pretrained(tmp_path / "out")
+        logits = model(processor(picture, return_tensors="pt")["pixel_values"]).logits
+        assert (logits - expected).abs().max() <= TOLERANCE
+
+    def test_recorded_outputs_are_of_the_source_order(self, tmp_path: Path) -> None:
+        source = write_mmseg(tmp_path / "source", "linear", replaced=ORDERS["as it is in files"][0])
+        pixel_values = torch.randn(1, 3, 32, 48)
+        recorded = {"pixel_values": pixel_values, "logits": source(pixel_values)}
+        save_file(recorded, tmp_path / "source" / "golden.safetensors")
+        report = convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
+        assert report.verification is not None
+        assert "golden.safetensors" in report.verification.against
+
+    @pytest.mark.parametrize("wrong", [{"bgr": False}, {"processor": {"image_mean": [0.5] * 3}}])
+    def test_a_wrong_preprocessing_is_caught(
+        self, wrong: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def read(*arguments: Any) -> Pictures:
+            return replace(right(*arguments), **wrong)
+
+        right: Any = mmseg.read_pictures
+        write_mmseg(tmp_path / "source", "linear", replaced=ORDERS["as it is in files"][0])
+        monkeypatch.setattr(mmseg, "read_pictures", read)
+        with pytest.raises(CheckpointError, match="the pixel values of a picture differ from the source's own"):
+            convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_a_forgotten_kernel_is_caught(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(engine, "_picture_kernel", lambda model: "ailurus.embeddings.position_embeddings")
+        write_mmseg(tmp_path / "source", "linear", replaced=ORDERS["as it is in files"][0])
+        with pytest.raises(CheckpointError, match="the logits differ"):
+            convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
+
+    def test_padding_is_said(self, tmp_path: Path) -> None:
+        padded = {"bgr_to_rgb=True": "bgr_to_rgb=True, test_cfg=dict(size_divisor=32)"}
+        write_mmseg(tmp_path / "source", "linear", replaced=padded)
+        with pytest.warns(CheckpointWarning, match="test_cfg pads pictures before the model sees them"):
+            convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
+
+
+class TestOneChannel:
+    @staticmethod
+    def write(folder: Path, head: str, channels: str, classes: tuple[str, ...] = ("dry", "flood")) -> Mmseg:
+        """A head of one channel, on the layers of one with four."""
+        width = 10 if head in ("naive", "pup") else 24
+        tensors = {"decode_head.conv_seg.weight": torch.randn(1, width, 1, 1) * 0.3}
+        tensors["decode_head.conv_seg.bias"] = torch.tensor([-0.4])
+        # the auxiliary head has as many classes, so it is the head's that is replaced
+        old = {"naive": "in_index=2, num_classes=4", "linear": "concat_input=False, num_classes=4"}[head]
+        model = write_mmseg(folder, head, tensors=tensors, replaced={old: old.replace("num_classes=4", channels)})
+        content = read_tensors(folder / "iter_2.pth", objects=True)
+        content["meta"]["dataset_meta"] = {"classes": classes, "palette": [[1, 2, 3], [4, 5, 6]][-len(classes) :]}
+        torch.save({name: content[name] for name in ("meta", "state_dict")}, folder / "iter_2.pth")
+        model.decode_head.conv_seg = torch.nn.Conv2d(width, 1, 1)
+        model.decode_head.conv_seg.weight.data, model.decode_head.conv_seg.bias.data = tensors.values()
+        return model.eval()
+
+    @pytest.mark.parametrize(
+        ("channels", "classes", "threshold"),
+        [
+            ("num_classes=2, out_channels=1", ("dry", "flood"), 0.3),
+            ("num_classes=2, out_channels=1, threshold=0.45", ("dry", "flood"), 0.45),
+            ("num_classes=1", ("flood",), 0.3),
+            ("num_classes=1, threshold=None, out_channels=None", ("flood",), 0.3),
+        ],
+    )
+    @pytest.mark.parametrize("head", ["linear", "naive"])
+    @torch.no_grad()
+    def test_converts(
+        self, head: str, channels: str, classes: tuple[str, ...], threshold: float, tmp_path: Path
+    ) -> None:
+        source = self.write(tmp_path / "source", head, channels, classes)
+        report = convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
+        assert report.verification is not None
+        model = AiluRusForSemanticSegmentation.from_pretrained(tmp_path / "out", keep_ratio=1.0).eval()
+        processor = AiluRusImageProcessor.from_pretrained(tmp_path / "out")
+        assert class_names(model.config.id2label, model.config.num_labels) == ["background", "flood"]
+        assert [list(colour) for colour in model.config.palette] == [[4, 5, 6]]
+        assert (model.config.binary_threshold, processor.binary_threshold) == (threshold, threshold)
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 59, 3), dtype=np.uint8))
+        logits = source(processor(image, return_tensors="pt")["pixel_values"])
+        expected = (logits[0, 0].sigmoid() > threshold).long()
+        assert 0 < expected.float().mean() < 1
+        found = segment_image(model, processor, image).labels
+        clear = (logits[0, 0].sigmoid() - threshold).abs() > 1e-4
+        assert np.array_equal(found[clear], expected[clear])
+        (background, foreground) = pipeline("image-segmentation", model=str(tmp_path / "out"))(image)
+        assert (background["label"], foreground["label"]) == ("background", "flood")
+
+    def test_masks_of_two_classes_are_two_channels(self, tmp_path: Path) -> None:
+        """Whatever `out_channels` says: the mask head has one for each class."""
+        replaced = {"num_classes=4, num_layers": "num_classes=4, out_channels=1, num_layers"}
+        write_mmseg(tmp_path / "source", "mask", replaced=replaced)
+        convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out")
+        assert AiluRusConfig.from_pretrained(tmp_path / "out").num_labels == 4
+
+    def test_names_that_the_user_gives(self, tmp_path: Path) -> None:
+        self.write(tmp_path / "source", "linear", "num_classes=1")
+        for number, names in enumerate(({"0": "water"}, {1: "water"}, {0: "land", 1: "water"})):
+            settings = {"id2label": names, "binary_threshold": 0.7, "palette": [[0, 0, 0], [7, 8, 9]][-len(names) :]}
+            convert_checkpoint("mmseg", tmp_path / "source", tmp_path / str(number), **settings)
+            assert class_names(AiluRusConfig.from_pretrained(tmp_path / str(number))) == ["background", "water"]
+            assert AiluRusImageProcessor.from_pretrained(tmp_path / str(number)).binary_threshold == 0.7
+            palette = AiluRusConfig.from_pretrained(tmp_path / str(number)).palette
+            assert [list(colour) for colour in palette] == [[7, 8, 9]]
+        with pytest.raises(ValueError, match="id2label must name the classes 0 to 0"):
+            convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out", id2label={0: "a", 1: "b", 2: "c"})
 
 
 class TestKeys:
@@ -249,6 +421,12 @@ class TestRefusals:
             ),
             ("mask", {"num_classes=4, num_layers": "num_classes='4', num_layers"}, "num_classes must be a whole"),
             ("mask", {"img_size=(32, 48)": "img_size=(32, 48, 8)"}, "img_size must be a number or"),
+            (
+                "mask",
+                {"bgr_to_rgb=True": "bgr_to_rgb='no'"},
+                "data_preprocessor.bgr_to_rgb must be true or false, got 'no'",
+            ),
+            ("mask", {"data_preprocessor=data,": "", "\ndata = ": "\nother = "}, "img_norm_cfg must tell mean and"),
             ("mask", {"drop_rate=0.1": "drop_rate=2"}, "drop_rate must be a number from 0 to below 1, got 2"),
             (
                 "mask",
@@ -265,6 +443,11 @@ class TestRefusals:
             ("naive", {"out_indices=(0, 1, 2)": "out_indices=(0, -1)"}, "out_indices must name the last layer"),
             ("naive", {"align_corners=False": "align_corners=True"}, "align_corners must be False"),
             ("naive", {"num_convs=1": "num_convs=2"}, r"missing 6 keys .*up_convs\.1\.0\.conv\.weight|unexpected"),
+            (
+                "mask",
+                {"num_heads=2, embed_dims": "num_heads=5, embed_dims"},
+                "multiple of its num_attention_heads=5, got 24",
+            ),
             ("naive", {"num_convs=1": "num_convs=0"}, "num_convs must be a whole number above 0, got 0"),
             ("naive", {"up_scale=4": "up_scale=1.5"}, "up_scale must be a whole number above 0, got 1.5"),
             ("naive", {"kernel_size=1": "kernel_size=2"}, "kernel_size must be 1 or 3, got 2"),

@@ -183,6 +183,8 @@ def test_state_dict_is_the_entry_or_the_whole() -> None:
         ({"model": {"a": 1}}, "a must be a tensor, got int"),
         ({"model": {1: torch.ones(1)}}, "names must be strings"),
         ({"model": {"a": torch.ones(1, dtype=torch.int64)}}, "floating-point"),
+        ({"model": {"a": torch.ones(1, dtype=torch.int8)}}, "floating-point tensor, got torch.int8"),
+        ({"model": {"a": torch.ones(1).to(torch.float8_e4m3fn)}}, "floating-point tensor, got torch.float8_e4m3fn"),
         ({"model": {"bn.num_batches_tracked": torch.ones(1, dtype=torch.bool)}}, "floating-point"),
         ({"model": {"a": torch.ones(2, 2).to_sparse()}}, "dense"),
         ({"model": {"a": torch.ones(1, device="meta")}}, "dense"),
@@ -198,6 +200,11 @@ def test_only_a_common_prefix_is_stripped() -> None:
     one, two = torch.ones(1), torch.ones(2)
     assert strip_common_prefix({"module.a": one, "module.b": two}) == {"a": one, "b": two}
     assert strip_common_prefix({"module.a": one, "b": two}) == {"module.a": one, "b": two}
+    for prefix in ("_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "model.module.model."):
+        assert strip_common_prefix({f"{prefix}a": one, f"{prefix}b.module.c": two}) == {"a": one, "b.module.c": two}
+    assert strip_common_prefix({"module.model.a": one, "module.b": two}) == {"model.a": one, "b": two}
+    assert strip_common_prefix({"modules.a": one}) == {"modules.a": one}
+    assert strip_common_prefix({}) == {}
 
 
 def test_sha256() -> None:

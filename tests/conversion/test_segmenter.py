@@ -432,6 +432,13 @@ class TestRefusals:
             ({"id2label": {"0": "sky"}}, ValueError, "0 to 4"),
             ({"id2label": dict.fromkeys("abcde", "x")}, ValueError, "id2label"),
             ({"id2label": ["sky"]}, ValueError, "id2label"),
+            ({"id2label": dict(enumerate(["a", "", "c", " ", "e"]))}, ValueError, "got none for 1, 3"),
+            ({"palette": [[0, 0, 300]] * 5}, ValueError, r"whole numbers from 0 to 255, got \[0, 0, 300\]"),
+            ({"palette": [[0, 0, -1]] * 5}, ValueError, "whole numbers from 0 to 255"),
+            ({"palette": [[0, 0]] * 5}, ValueError, "whole numbers from 0 to 255"),
+            ({"palette": [[0, 0, 1]] * 4}, ValueError, "a colour for each of the num_labels=5 classes"),
+            ({"num_hidden_layers": 10**9}, CheckpointError, "1000000000 layers, but there are 46 tensors"),
+            ({"num_labels": 10**9}, CheckpointError, "num_labels must be at most 1000000"),
             ({"hidden_size": 32}, CheckpointError, "wrong shape"),
         ],
     )
@@ -469,7 +476,8 @@ class TestRefusals:
             (("net_kwargs", "n_heads"), 5, "num_attention_heads"),
             (("net_kwargs", "n_heads"), True, "n_heads"),
             (("net_kwargs", "n_cls"), -1, "n_cls"),
-            (("net_kwargs", "n_layers"), 10**9, "1000000000 layers, but .* holds 3 of them"),
+            (("net_kwargs", "n_cls"), 1, "n_cls must be at least 2, got 1"),
+            (("net_kwargs", "n_layers"), 10**9, "1000000000 layers, but there are 46 tensors"),
             (("net_kwargs", "n_layers"), 2, "unexpected 12 keys"),
             (("net_kwargs", "distilled"), "yes", "distilled"),
             (("net_kwargs", "distilled"), True, "dist_token"),
@@ -522,7 +530,7 @@ class TestRefusals:
         del tensors[name]
         checkpoint = segmenter.SourceCheckpoint(Path("x.pth"), tensors, variant)
         plan = segmenter.plan_segmenter(checkpoint)
-        skeleton = engine._build_skeleton(plan, {})
+        skeleton = engine._build_skeleton(plan, {}, len(tensors))
         mappings = map_keys(plan.rules, tensors)
         if name.startswith("encoder.head"):
             engine._convert_tensors(plan, checkpoint, mappings, skeleton, None)
@@ -571,6 +579,22 @@ def test_weights_that_are_not_finite_are_a_warning(tmp_path: Path) -> None:
     assert report.verification is None
     assert len(report.warnings) == 1
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"id2label": dict(enumerate("abcab"))}, "several classes have the name a, b"),
+        ({"semantic_loss_ignore_index": 0}, "label 0 is left out of the loss, although it is the class 'LABEL_0'"),
+        ({"semantic_loss_ignore_index": 4}, "label 4 is left out of the loss"),
+    ],
+)
+def test_what_may_be_meant_is_a_warning(settings: dict[str, Any], said: str, source: Path, tmp_path: Path) -> None:
+    with pytest.warns(CheckpointWarning, match=said):
+        convert_checkpoint("segmenter", source, tmp_path / "out", **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_checkpoint("segmenter", source, tmp_path / "fine", semantic_loss_ignore_index=5)
 
 
 def test_values_too_large_for_the_chosen_dtype_are_a_warning(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ from transformers import AutoImageProcessor
 
 import ailurus_hf
 from ailurus_hf import AiluRusConfig
-from ailurus_hf.conversion import CheckpointError, convert_checkpoint
+from ailurus_hf.cli.app import main
+from ailurus_hf.conversion import CheckpointError, CheckpointWarning, convert_checkpoint
 from ailurus_hf.conversion.engine import check_rules_used, map_keys
+from ailurus_hf.conversion.reading.sources import find_weights
 from ailurus_hf.conversion.recipes.timm_style import TimmParts, encoder_rules
 from tests.conversion.vit_files import HEADS, vit_tensors, write_timm
 from tests.paths import golden
@@ -166,7 +168,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # parts, of
 class TestTimm:
     @pytest.mark.parametrize("name", VARIANTS)
     def test_variants(self, name: str, tmp_path: Path) -> None:
-        """Compared with the formulas written out in `vit_reference`, at the trained size and at another."""
+        """Compared with the formulas written out in `references/vit.py`, at the trained size and at another."""
         parts, shape, arguments = VARIANTS[name]
         source = write_timm(tmp_path / "source", vit_tensors(parts, **shape), **arguments)
         report = convert_checkpoint("timm", source, tmp_path / "out")
@@ -183,6 +185,24 @@ class TestTimm:
         image = torch.zeros(3, 60, 50, dtype=torch.uint8)
         assert processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
         assert ModelCard.load(tmp_path / "out" / "README.md").data.license == "cc-by-4.0"
+
+    @pytest.mark.parametrize("told", [True, False])
+    def test_heads_that_no_file_tells_are_said(self, told: bool, tmp_path: Path) -> None:
+        """A width that published models have; three heads of 64 channels."""
+        tensors = {"pos_embed": torch.randn(1, 5, 192), "patch_embed.proj.weight": torch.randn(192, 3, 8, 8)}
+        tensors |= {"blocks.0.attn.qkv.weight": torch.randn(576, 192), "blocks.0.attn.proj.weight": torch.eye(192)}
+        tensors |= {"blocks.0.mlp.fc1.weight": torch.randn(8, 192), "blocks.0.mlp.fc2.weight": torch.randn(192, 8)}
+        biases = {"patch_embed.proj": 192, "blocks.0.attn.proj": 192, "blocks.0.mlp.fc1": 8, "blocks.0.mlp.fc2": 192}
+        tensors |= {f"{name}.bias": torch.zeros(size) for name, size in biases.items()} | {
+            "cls_token": torch.ones(1, 1, 192)
+        }
+        norms = ("blocks.0.norm1", "blocks.0.norm2", "norm")
+        tensors |= {f"{name}.{part}": torch.ones(192) for name in norms for part in ("weight", "bias")}
+        torch.save(tensors, tmp_path / "x.pth")
+        settings = {"num_attention_heads": 3} if told else {}
+        report = convert_checkpoint("timm", tmp_path / "x.pth", tmp_path / "out", dry_run=True, **settings)
+        said = "num_attention_heads=3, as in published models of 192 channels"
+        assert [text[: len(said)] for text in report.assumptions] == ([] if told else [said])
 
     def test_a_bare_file(self, tmp_path: Path) -> None:
         torch.save({"state_dict": 1, "model": vit_tensors()}, tmp_path / "x.pth")
@@ -238,6 +258,76 @@ class TestTimm:
         convert_checkpoint("timm", tmp_path / "x.pth", tmp_path / "out", num_attention_heads=HEADS, image_size=[16, 40])
 
 
+# what stands before the names of a file, and the entry it is in
+WRAPPED = ["module.", "_orig_mod.", "module._orig_mod.", "model.", "_orig_mod.module."]
+
+
+class TestTrainingFiles:
+    """What timm's training script and its like write: wrappers before the names, arguments, averaged weights."""
+
+    @pytest.mark.parametrize("prefix", WRAPPED)
+    @pytest.mark.parametrize("recipe", ["timm", "auto"])
+    def test_wrappers(self, recipe: str, prefix: str, tmp_path: Path) -> None:
+        tensors = {prefix + name: tensor for name, tensor in vit_tensors("cls_token norm qkv_bias head").items()}
+        content = {"epoch": 3, "arch": "vit", "args": Namespace(lr=0.1), "state_dict": tensors}
+        (tmp_path / "source").mkdir()
+        torch.save(content, tmp_path / "source" / "model_best.pth.tar")
+        report = convert_checkpoint(recipe, tmp_path / "source", tmp_path / "out", num_attention_heads=HEADS)
+        assert report.recipe == "timm"
+        assert report.verification is not None
+        weights = load_file(tmp_path / "out" / "model.safetensors")
+        assert torch.equal(weights["ailurus.embeddings.cls_token"], tensors[f"{prefix}cls_token"])
+
+    @pytest.mark.parametrize("prefix", WRAPPED)
+    @pytest.mark.parametrize(("recipe", "entry"), [("dino", "teacher"), ("mae", "model"), ("dinov2", "teacher")])
+    def test_wrappers_of_other_projects(self, recipe: str, entry: str, prefix: str, tmp_path: Path) -> None:
+        parts = "cls_token norm qkv_bias" + (" ls mask_token" if recipe == "dinov2" else "")
+        tensors = {prefix + name: tensor for name, tensor in vit_tensors(parts).items()}
+        torch.save({entry: tensors}, tmp_path / "x.pth")
+        report = convert_checkpoint(recipe, tmp_path / "x.pth", tmp_path / "out", num_attention_heads=HEADS)
+        assert report.verification is not None
+
+    @pytest.mark.parametrize(("entry", "twin"), [("state_dict", "state_dict_ema"), ("model", "model_ema")])
+    def test_weights_that_are_there_twice(self, entry: str, twin: str, tmp_path: Path) -> None:
+        tensors, averaged = vit_tensors(), {f"module.{name}": tensor for name, tensor in vit_tensors(seed=1).items()}
+        torch.save({entry: tensors, twin: averaged, "args": Namespace(lr=0.1)}, tmp_path / "x.pth")
+        said = f"holds weights in '{entry}' and '{twin}'; '{entry}' was taken, entry='{twin}' .--entry {twin}. takes"
+        with pytest.warns(CheckpointWarning, match=said):
+            convert_checkpoint("timm", tmp_path / "x.pth", tmp_path / "out", num_attention_heads=HEADS)
+        convert_checkpoint("timm", tmp_path / "x.pth", tmp_path / "ema", num_attention_heads=HEADS, entry=twin)
+        first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "ema"))
+        assert torch.equal(first["embeddings.cls_token"], tensors["cls_token"])
+        assert torch.equal(second["embeddings.cls_token"], averaged["module.cls_token"])
+
+    def test_averaged_weights_alone(self, tmp_path: Path) -> None:
+        torch.save({"state_dict_ema": vit_tensors(), "state_dict": 1}, tmp_path / "x.pth")
+        convert_checkpoint("timm", tmp_path / "x.pth", tmp_path / "out", num_attention_heads=HEADS)
+
+    def test_an_entry_that_is_not_there(self, tmp_path: Path) -> None:
+        torch.save({"model": vit_tensors(), "epoch": 1}, tmp_path / "x.pth")
+        with pytest.raises(CheckpointError, match="no entry 'model_ema' with tensors; its entries are 'model'"):
+            convert_checkpoint("timm", tmp_path / "x.pth", tmp_path / "out", entry="model_ema")
+
+    def test_the_student_of_dino_is_an_entry_too(self, tmp_path: Path) -> None:
+        teacher, student = (vit_tensors(prefix="backbone.", seed=seed) for seed in (0, 1))
+        torch.save({"teacher": teacher, "student": student}, tmp_path / "x.pth")
+        settings = {"num_attention_heads": HEADS, "entry": "student"}
+        convert_checkpoint("dino", tmp_path / "x.pth", tmp_path / "out", **settings)
+        weights = load_file(tmp_path / "out" / "model.safetensors")
+        assert torch.equal(weights["embeddings.cls_token"], student["backbone.cls_token"])
+
+    def test_folders_of_runs(self, tmp_path: Path) -> None:
+        for name in ("last.pth.tar", "model_best.pth.tar", "checkpoint-9.pth.tar"):
+            (tmp_path / name).touch()
+        assert find_weights(tmp_path).name == "model_best.pth.tar"
+        (tmp_path / "model_best.pth.tar").unlink()
+        with pytest.raises(FileNotFoundError, match=r"which holds checkpoint-9\.pth\.tar, last\.pth\.tar"):
+            find_weights(tmp_path)
+        (tmp_path / "last.pth.tar").unlink()
+        (tmp_path / "data.tar").touch()
+        assert find_weights(tmp_path).name == "checkpoint-9.pth.tar"
+
+
 class TestDinov2:
     @pytest.mark.parametrize("chunks", [False, True])
     @pytest.mark.parametrize("parts", ["", "register_tokens", "swiglu", "register_tokens swiglu"])
@@ -258,6 +348,50 @@ class TestDinov2:
         torch.save({"teacher": tensors | {"dino_head.mlp.0.weight": torch.zeros(2, 2)}}, tmp_path / "x.pth")
         report = convert_checkpoint("dinov2", tmp_path / "x.pth", tmp_path / "out", num_attention_heads=HEADS)
         assert set(report.dropped) == {"backbone.mask_token", "dino_head.mlp.0.weight"}
+
+    @pytest.mark.parametrize(
+        ("parts", "assumed", "other"),
+        [
+            ("", "position_offset=0.1, position_antialias=False", "position_offset=0 --set position_antialias=true"),
+            (
+                "register_tokens",
+                "position_offset=0, position_antialias=True",
+                "position_offset=0.1 --set position_antialias=false",
+            ),
+        ],
+    )
+    def test_what_the_file_does_not_tell_is_said(
+        self, parts: str, assumed: str, other: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        tensors = vit_tensors(f"cls_token mask_token norm qkv_bias ls {parts}")
+        torch.save(tensors, tmp_path / "x.pth")
+        options = ["--set", f"num_attention_heads={HEADS}"]
+        assert main(["convert", "dinov2", str(tmp_path / "x.pth"), str(tmp_path / "out"), *options]) == 0
+        (line,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("assumed")]
+        assert assumed in line
+        assert f"since the file does not tell; the other way in use is --set {other}" in line
+
+        # what the other convention gives, recorded
+        settings = dict(setting.split("=") for setting in other.split(" --set "))
+        values = {name: json.loads(value) for name, value in settings.items()}
+        report = convert_checkpoint(
+            "dinov2", tmp_path / "x.pth", tmp_path / "other", num_attention_heads=HEADS, **values
+        )
+        assert not any("the file does not tell" in text for text in report.assumptions)
+        pixel_values = torch.randn(1, 3, 48, 40)
+        recorded = outputs(load(tmp_path / "other", report), pixel_values)["pooled"]
+        golden_values = {"resized_pixel_values": pixel_values, "resized_x_norm_clstoken": recorded}
+        save_file(golden_values, tmp_path / "golden.safetensors")
+        with pytest.raises(CheckpointError, match="differ from the recorded") as caught:
+            convert_checkpoint("dinov2", tmp_path / "x.pth", tmp_path / "third", num_attention_heads=HEADS)
+        assert f"--set {other}" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        convert_checkpoint("dinov2", tmp_path / "x.pth", tmp_path / "third", num_attention_heads=HEADS, **values)
+        wrong = {"position_offset": 0.0 if parts else 0.1, "position_antialias": bool(parts)}
+        with pytest.raises(
+            CheckpointError, match=r"positions are resized with position_offset=.*, position_antialias="
+        ):
+            convert_checkpoint("dinov2", tmp_path / "x.pth", tmp_path / "4", num_attention_heads=HEADS, **wrong)
 
     def test_positions_may_be_resized_otherwise(self, tmp_path: Path) -> None:
         torch.save(vit_tensors("cls_token mask_token norm qkv_bias ls"), tmp_path / "x.pth")

@@ -271,6 +271,9 @@ class TestRefusals:
             ({"num_hidden_layers": 4}, r"missing 16 keys in the checkpoint: encoder\.layer\.3"),
             ({"intermediate_size": 64}, r"wrong shape of encoder\.layer\.0\.intermediate\.dense"),
             ({"quantization_config": {"bits": 4}}, "quantised"),
+            ({"num_hidden_layers": 10**9}, r"give the model 1000000000 layers, but there are \d+ tensors"),
+            ({"num_labels": 10**9, "id2label": None}, "num_labels must be at most 1000000, got 1000000000"),
+            ({"architectures": [1]}, r"architectures must be a list of class names, got \[1\]"),
         ],
     )
     def test_settings(self, change: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -279,6 +282,28 @@ class TestRefusals:
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
         with pytest.raises(CheckpointError, match=said) as caught:
             convert_checkpoint("transformers", tmp_path / "source", tmp_path / "out")
+        assert "\n" not in str(caught.value)
+        assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"image_std": 0}, "image_std must be finite and above 0, got 0"),
+            ({"image_std": [0.5, 0.0, 0.5]}, "image_std must be finite and above 0"),
+            ({"image_std": [float("nan")] * 3}, "image_std must be finite and above 0"),
+            ({"image_std": [0.5]}, "image processor's settings are not valid: std must have 3 elements"),
+            ({"image_mean": [float("inf")] * 3}, "image_mean must be finite"),
+            ({"rescale_factor": 0}, "rescale_factor must be finite and above 0"),
+            ({"resample": 99}, "Unknown resampling filter"),
+            ({"size": {"height": 0, "width": 8}}, "Size must contain"),
+        ],
+    )
+    @pytest.mark.parametrize("options", [{}, {"dry_run": True}, {"verify": False}])
+    def test_preprocessing(self, change: dict[str, Any], said: str, options: dict[str, Any], tmp_path: Path) -> None:
+        write_native(tmp_path / "source", "vit", 4)
+        (tmp_path / "source" / "preprocessor_config.json").write_text(json.dumps({"size": 32, **change}))
+        with pytest.raises(CheckpointError, match=said) as caught:
+            convert_checkpoint("transformers", tmp_path / "source", tmp_path / "out", **options)
         assert "\n" not in str(caught.value)
         assert [p.name for p in tmp_path.iterdir()] == ["source"]
 

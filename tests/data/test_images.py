@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -67,3 +69,53 @@ def test_refuses_what_is_no_single_picture(tmp_path):
         read_image(tmp_path / "a.tif")
     with pytest.raises(FileNotFoundError):
         read_image(tmp_path / "missing.png")
+
+
+def test_litter_is_passed_over_and_folders_are_searched(tmp_path):
+    for name in ("b.jpg", "._b.jpg", "Thumbs.db", ".DS_Store", "below/a.jpg", "below/._a.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+
+    def names(paths, **settings):
+        return [str(path.relative_to(tmp_path)) for path in list_images(paths, **settings)]
+
+    assert names([tmp_path]) == ["b.jpg"]
+    assert names([tmp_path], recursive=True) == ["b.jpg", "below/a.jpg"]
+    assert names([file for file in sorted(tmp_path.iterdir()) if file.is_file()]) == ["b.jpg"]
+    with pytest.raises(FileNotFoundError, match="no pictures among the files"):
+        list_images([tmp_path / "Thumbs.db"])
+
+
+def test_first_of_what_phones_drones_and_scanners_write(tmp_path):
+    first, other = Image.fromarray(PIXELS), Image.new("RGB", (30, 20))
+    Image.new("RGB", (30, 20), (200, 100, 0)).save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[other])
+    assert np.asarray(read_image(tmp_path / "a.jpg")).mean() == pytest.approx(100, abs=2)
+    first.save(tmp_path / "a.tif", save_all=True, append_images=[first.resize((15, 10)), first.resize((7, 5))])
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "a.tif")), PIXELS)
+    first.resize((15, 10)).save(tmp_path / "a.tif", save_all=True, append_images=[first])  # the preview first
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "a.tif")), PIXELS)
+    mask = Image.new("RGB", (30, 20))
+    mask.encoderinfo = {"tiffinfo": {254: 4}}  # of the picture's size
+    first.save(tmp_path / "a.tif", save_all=True, append_images=[mask])
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "a.tif")), PIXELS)
+    first.save(tmp_path / "a.tif", save_all=True, append_images=[first])
+    with pytest.raises(ImageFileError, match=r"a\.tif is animated \(2 frames\)"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_pictures_above_the_limit_of_pillow(tmp_path, monkeypatch):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    for limit in (200, 500):  # Pillow refuses what is above twice the limit, and warns of what is above once
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(ImageFileError, match=r"a\.png has more pixels than Pillow's limit .*MAX_IMAGE_PIXELS"):
+            read_image(tmp_path / "a.png")
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, said in (("folder", "is a folder, not a picture"), ("link", "is a link to"), ("pipe", "no regular file")):
+        with pytest.raises(ImageFileError, match=rf"{name}\.png {said}" if name != "pipe" else rf"pipe\.png is {said}"):
+            read_image(tmp_path / f"{name}.png")
+    assert len(list_images([tmp_path])) == 3

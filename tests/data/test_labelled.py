@@ -19,6 +19,29 @@ def test_reduced_labels_lose_class_0():
     np.testing.assert_array_equal(LabelRule(150, reduce_labels=True)(MAP, "map"), [[255, 0, 1], [2, 149, 255]])
 
 
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (LabelRule(150, ignore_index=150, reduce_labels=True), [150, 0, 1, 2, 149, 150]),
+        (LabelRule(150, ignore_index=-100, reduce_labels=True), [-100, 0, 1, 2, 149, -100]),
+        (LabelRule(150, ignore_index=200, reduce_labels=True), [200, 0, 1, 2, 149, 200]),
+        (LabelRule(300, ignore_index=1000, reduce_labels=True), [1000, 0, 1, 2, 149, 254]),
+        (LabelRule(None, ignore_index=150, reduce_labels=True), [150, 0, 1, 2, 149, 150]),
+        (LabelRule(151, ignore_index=-100), [0, 1, 2, 3, 150, -100]),
+        (LabelRule(256, ignore_index=-100), [0, 1, 2, 3, 150, 255]),
+    ],
+)
+def test_no_class_is_lost_and_nothing_else_counts(rule, expected):
+    np.testing.assert_array_equal(rule(MAP, "map").ravel(), expected)
+
+
+def test_what_the_files_ignore_is_not_reduced():
+    np.testing.assert_array_equal(LabelRule(3, 200, reduce_labels=True)(np.array([[200, 3]]), "map"), [[200, 2]])
+    np.testing.assert_array_equal(LabelRule(3, -100, reduce_labels=True)(np.array([[-100, 3]]), "map"), [[-100, 2]])
+    with pytest.raises(ValueError, match="labels outside the classes: 253"):
+        LabelRule(150, reduce_labels=True)(np.array([[254]]), "map")
+
+
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=30), st.dictionaries(st.integers(0, 200), st.integers(0, 9)))
 def test_mapped_labels_equal_a_loop(values, label_ids):
     mapped = LabelRule(10, ignore_index=77, label_ids=label_ids)(np.array([values]), "map")

@@ -1,6 +1,7 @@
 """Metrics against loops over pixels, hand-made cases, and as modules of the `evaluate` library."""
 
 import math
+import time
 
 import evaluate
 import numpy as np
@@ -71,6 +72,30 @@ def test_boundary_score_equals_loops(seed, tolerance):
     pairs = pictures(seed)
     score = filled(BoundaryScore(NUM, IGNORE, tolerance), pairs)
     np.testing.assert_allclose(score.f_score(), reference.boundary_f(pairs, NUM, IGNORE, tolerance))
+
+
+@pytest.mark.parametrize("size", [(7, 90), (40, 33)])
+def test_boundaries_at_larger_distances_equal_loops(size):
+    rng = np.random.default_rng(0)
+    truth = np.kron(rng.integers(3, size=(-(-size[0] // 8), -(-size[1] // 8))), np.ones((8, 8), dtype=int))
+    truth = truth[: size[0], : size[1]]
+    truth[2:4, 5:20] = IGNORE
+    pairs = [(np.roll(np.where(truth == IGNORE, 0, truth), 3, 1), truth)]
+    for tolerance in (0.02, 0.05, 3 / math.hypot(*size), 5 / math.hypot(*size)):  # 5 is a distance between pixels
+        score = filled(BoundaryScore(NUM, IGNORE, tolerance), pairs)
+        np.testing.assert_allclose(score.f_score(), reference.boundary_f(pairs, NUM, IGNORE, tolerance))
+
+
+def test_boundaries_of_many_classes_take_no_longer_with_the_radius():
+    truth = torch.tensor(np.kron(np.random.default_rng(0).integers(19, size=(32, 64)), np.ones((8, 8), dtype=int)))
+    seconds = {}
+    for tolerance in (0.0075, 0.1):
+        score = BoundaryScore(19, tolerance=tolerance)
+        start = time.process_time()
+        score.update(truth.roll(2, 1), truth)
+        seconds[tolerance] = time.process_time() - start
+        assert score.mean_f_score() > 0.99
+    assert seconds[0.1] < 10 * seconds[0.0075]  # a disk of that radius has 180 times as many pixels
 
 
 @given(st.integers(0, 10_000))
@@ -167,6 +192,40 @@ def test_hand_made_depth():
     assert all(math.isnan(value) for value in unknown.compute().values())
 
 
+def test_disparity_is_scored_as_the_depth_it_means():
+    """What Depth Anything and DPT predict: inverse depth up to scale and shift."""
+    rng = np.random.default_rng(0)
+    depth = torch.tensor(rng.uniform(1, 10, (24, 32)))
+    disparity = 37 / depth - 1.5
+    scores = {}
+    for align in ("median", "least_squares", "disparity"):
+        metric = load_metric("depth", align=align)
+        scores[align] = metric.compute(predictions=[disparity], references=[depth])
+    assert scores["disparity"]["abs_rel"] == pytest.approx(0, abs=1e-6)
+    assert scores["disparity"]["delta1"] == 1
+    assert min(scores["median"]["abs_rel"], scores["least_squares"]["abs_rel"]) > 0.2
+    truth = depth.clone()
+    truth[:4] = torch.nan
+    truth[4:6] = 0
+    masked = DepthErrors(align="disparity")
+    masked.update(disparity.where(truth > 0, 1e6), truth)  # what does not count has no part in the fit
+    assert masked.compute()["rmse"] == pytest.approx(0, abs=1e-9)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([None, 8.0]))
+def test_disparity_equals_a_fit_by_numpy(seed, max_depth):
+    rng = np.random.default_rng(seed)
+    pairs = [(rng.uniform(-1, 20, (4, 5)), rng.uniform(0.2, 12, (4, 5))) for _ in range(2)]
+    aligned = []
+    for prediction, truth in pairs:
+        counted = (truth > 0.1) & (truth <= (max_depth or np.inf))
+        scale, shift = np.polyfit(prediction[counted], 1 / truth[counted], 1)
+        farthest = max_depth or truth.max()
+        aligned.append((1 / np.maximum(scale * prediction + shift, 1 / farthest), truth))
+    found = filled(DepthErrors(0.1, max_depth, "disparity"), pairs).compute()
+    assert found == pytest.approx(reference.depth_errors(aligned, 0.1, max_depth or np.inf))
+
+
 def test_mistakes_are_explained():
     ones = torch.ones(2, 2, dtype=torch.int64)
     for counter in (ConfusionMatrix(2), BoundaryScore(2)):
@@ -213,6 +272,24 @@ def test_evaluate_names_the_classes():
     metric = load_metric("mean_iou", **CLASSES, id2label={0: "a", 1: "b", 2: "c", 3: "d"})
     found = metric.compute(predictions=[[[0, 1]]], references=[[[0, 0]]])
     assert (found["iou/a"], found["iou/b"], found["mean_iou"]) == (0.5, 0, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({0: "a", 2: "c"}, ["a", "LABEL_1", "c", "LABEL_3"]),
+        ({"0": "a", "1": "b", "2": "c", "3": "d"}, ["a", "b", "c", "d"]),
+        ({0: "wall", 1: "b", 2: "wall", 3: "d"}, ["wall (0)", "b", "wall (2)", "d"]),
+    ],
+)
+def test_no_class_is_lost_for_its_name(names, expected):
+    metric = load_metric("mean_iou", **CLASSES, id2label=names)
+    found = metric.compute(predictions=[[[0, 1, 2, 3]]], references=[[[0, 1, 2, 3]]])
+    assert [key.removeprefix("iou/") for key in found if key.startswith("iou/")] == expected
+    assert list(ConfusionMatrix(**CLASSES).summary(names)["iou"]) == expected
+    trainer = SegmentationMetrics(NUM, IGNORE, names)
+    labels = np.zeros((1, 2, 2), dtype=int)
+    assert [key[4:] for key in trainer(EvalPrediction(labels, labels)) if key.startswith("iou_")] == expected
 
 
 def test_evaluate_modules_combine_and_keep_nothing_on_disk(tmp_path, monkeypatch):

@@ -29,6 +29,8 @@ __all__ = [
     "strip_common_prefix",
 ]
 
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # the 8-bit ones come with scales of their own
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
 _COUNTER = ".num_batches_tracked"
 _MAX_YAML_BYTES = 1_000_000  # the parser is slow and recursive; a settings file has some kilobytes
 _MAX_VALUES = 100_000
@@ -136,6 +138,8 @@ def _first_line(error: Exception) -> str:
 def state_dict_of(data: Any, path: Path, entry: str) -> dict[str, torch.Tensor]:
     """Take the tensors out of what a checkpoint file holds: `data[entry]`, or `data` itself if it holds only tensors.
 
+    What wrapped the model and stands before every name is taken off, see [`strip_common_prefix`].
+
     Raises:
         CheckpointError: there is no such entry, it is empty, or something in it is not a dense tensor with a name.
     """
@@ -152,7 +156,7 @@ def state_dict_of(data: Any, path: Path, entry: str) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path}: the entry {entry!r} holds no tensors")
     for key, tensor in tensors.items():
         _check_tensor(key, tensor, path)
-    return dict(tensors)
+    return strip_common_prefix(tensors)
 
 
 def _check_tensor(key: Any, tensor: Any, path: Path) -> None:
@@ -161,16 +165,20 @@ def _check_tensor(key: Any, tensor: Any, path: Path) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise CheckpointError(f"{path}: {key} must be a tensor, got {type(tensor).__name__}")
     # BatchNorm counts its batches: the one tensor of a vision transformer's decoder that is a whole number.
-    right_dtype = tensor.is_floating_point() or (key.endswith(_COUNTER) and tensor.dtype == torch.int64)
+    right_dtype = tensor.dtype in _FLOATS or (key.endswith(_COUNTER) and tensor.dtype == torch.int64)
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or not right_dtype:
         raise CheckpointError(f"{path}: {key} must be a dense floating-point tensor, got {tensor.dtype}")
 
 
-def strip_common_prefix(tensors: Mapping[str, torch.Tensor], prefix: str = "module.") -> dict[str, torch.Tensor]:
-    """Remove a prefix that every name has, such as the one of `DistributedDataParallel`."""
-    if all(key.startswith(prefix) for key in tensors):
-        return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-    return dict(tensors)
+def strip_common_prefix(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Take off what wraps a model and stands before every name: `module.` of `DistributedDataParallel`, `_orig_mod.` of
+    `torch.compile`, `model.` of training frameworks; in any order, as often as every name has it."""
+    stripped = dict(tensors)
+    while prefix := next((prefix for prefix in _WRAPPERS if all(key.startswith(prefix) for key in stripped)), None):
+        if not stripped:
+            break
+        stripped = {key.removeprefix(prefix): tensor for key, tensor in stripped.items()}
+    return stripped
 
 
 def file_sha256(*paths: Path) -> str:

@@ -24,7 +24,7 @@ class _NotLiteral(Exception):
 def python_configs(content: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
     """The texts of the configs in a checkpoint of OpenMMLab's tools, by place, and what it tells of the data set.
 
-    The latter are `classes` and `palette`, where they are there.
+    The latter are `classes`, `palette` and `reduce_zero_label`, where they are there.
     """
     meta = content.get("meta")
     meta = meta if isinstance(meta, Mapping) else {}

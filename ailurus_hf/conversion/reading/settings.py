@@ -8,7 +8,9 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ...utils.errors import CheckpointError
 
-__all__ = ["Settings", "config_of", "label_names"]
+__all__ = ["Settings", "check_sizes", "config_of", "label_names", "model_class_names"]
+
+_MAX_LABELS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class Settings:
     def integer(self, key: str, default: int | None = None) -> int:
         """A whole number above 0."""
         return int(self._checked(key, default, _is_size, "a whole number above 0"))
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A whole number of either sign."""
+        return int(self._checked(key, default, lambda value: type(value) is int, "a whole number"))
 
     def share(self, key: str, default: float) -> float:
         """A number from 0 to below 1, such as a dropout probability."""
@@ -80,8 +86,49 @@ def _is_list(value: Any, valid: Callable[[Any], bool], length: int | None = None
     return isinstance(value, list | tuple) and len(value) == (length or len(value)) and all(map(valid, value))
 
 
-def config_of(config_class: Any, description: Mapping[str, Any]) -> Any:
-    """The configuration of a model of transformers or of this package, from the content of its `config.json`."""
+def check_sizes(settings: Mapping[str, Any], num_tensors: int) -> None:
+    """Refuse numbers of layers and classes that the checkpoint cannot have, before anything is made of them.
+
+    Args:
+        settings: fields of a configuration, of this package or of transformers.
+        num_tensors: how many tensors the checkpoint has; every layer has some.
+
+    Raises:
+        CheckpointError: there are more layers than tensors, or more than a million classes.
+    """
+    head = settings.get("decode_head")
+    layers = [settings.get("num_hidden_layers"), settings.get("decoder_num_layers"), settings.get("depths")]
+    layers += [head.get("num_layers") if isinstance(head, Mapping) else None]
+    for value in layers:
+        numbers = value if isinstance(value, list | tuple) else [value]
+        count = sum(number for number in numbers if isinstance(number, int))
+        if count > num_tensors:
+            raise CheckpointError(f"the settings give the model {count} layers, but there are {num_tensors} tensors")
+    labels = settings.get("num_labels")
+    if isinstance(labels, int) and labels > _MAX_LABELS:
+        raise CheckpointError(f"num_labels must be at most {_MAX_LABELS}, got {labels}")
+
+
+def model_class_names(description: Mapping[str, Any]) -> list[str]:
+    """The `architectures` of a `config.json`; none where it has none.
+
+    Raises:
+        CheckpointError: it is no list of names.
+    """
+    names = description.get("architectures")
+    if names is not None and not _is_list(names, lambda name: isinstance(name, str)):
+        raise CheckpointError(f"config.json: architectures must be a list of class names, got {names!r}")
+    return list(names or [])
+
+
+def config_of(config_class: Any, description: Mapping[str, Any], num_tensors: int) -> Any:
+    """The configuration of a model of transformers or of this package, from the content of its `config.json`.
+
+    Raises:
+        CheckpointError: a setting is not valid; see also [`check_sizes`].
+    """
+    check_sizes(description, num_tensors)
+    model_class_names(description)
     try:
         return config_class.from_dict(dict(description))
     except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:

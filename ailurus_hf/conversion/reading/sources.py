@@ -11,15 +11,15 @@ from huggingface_hub import ModelCard, snapshot_download
 
 from ...utils.errors import CheckpointError
 from ..unsupported import refuse_unsupported
-from .files import RefusedError, read_safetensors, read_torch_file, state_dict_of
+from .files import RefusedError, read_safetensors, read_torch_file, state_dict_of, strip_common_prefix
 from .unpickling import read_tensors_from_pickle
 
 __all__ = [
+    "choose_entry",
     "find_weights",
     "license_of",
     "read_json",
     "read_json_beside",
-    "read_preprocessing",
     "read_tensors",
     "tensors_of",
     "weight_files",
@@ -34,8 +34,11 @@ WEIGHT_NAMES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "checkpoint.pth",
+    "model_best.pth.tar",
 )
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar")
+# entries that hold the same model's weights from another stage of training, where a file has several
+TWINS = ("model", "state_dict", "model_ema", "state_dict_ema", "ema_state_dict")
 PROCESSOR_FIELDS = (
     "do_resize",
     "size",
@@ -47,7 +50,10 @@ PROCESSOR_FIELDS = (
     "do_normalize",
     "image_mean",
     "image_std",
-)
+    "do_pad",
+    "pad_size",
+    "do_reduce_labels",
+)  # settings of transformers' image processors that ours has too
 RECORDED = "golden.safetensors"  # outputs recorded beside a checkpoint, no weights
 
 
@@ -69,7 +75,7 @@ def find_weights(source: str | Path, preferred: Sequence[str] = WEIGHT_NAMES, hu
     for name in preferred:
         if (place / name).is_file():
             return place / name
-    others = [p for p in sorted(place.iterdir()) if p.suffix in WEIGHT_SUFFIXES and p.name != RECORDED]
+    others = [p for p in sorted(place.iterdir()) if p.name.endswith(WEIGHT_SUFFIXES) and p.name != RECORDED]
     if len(others) == 1:
         return others[0]
     found = ", ".join(sorted(path.name for path in place.iterdir())[:8]) or "nothing"
@@ -152,6 +158,51 @@ def _read_pickled(path: Path, objects: bool) -> Any:
             raise refusal from error
 
 
+def choose_entry(
+    content: Mapping[str, Any], path: Path, entries: Sequence[str], wanted: str | None
+) -> tuple[str, tuple[str, ...]]:
+    """The entry of a file's dictionary whose tensors are the weights.
+
+    Args:
+        content: what the file holds.
+        path: the file, for messages.
+        entries: names to look for; the first that is there wins.
+        wanted: the one that the user names; `None` where they name none.
+
+    Returns:
+        Its name (the first of `entries` where none is there), and a note where other entries hold the same weights
+        from another stage of training, such as their moving average.
+
+    Raises:
+        CheckpointError: the entry that the user names is not there.
+    """
+    if wanted is not None and not isinstance(content.get(wanted), Mapping):
+        found = ", ".join(repr(name) for name, value in content.items() if isinstance(value, Mapping)) or "none"
+        raise CheckpointError(f"{path} has no entry {wanted!r} with tensors; its entries are {found}")
+    entry = wanted or next((name for name in entries if isinstance(content.get(name), Mapping)), entries[0])
+    twins = [name for name in TWINS if name != entry and _same_names(content.get(name), content.get(entry))]
+    if wanted is not None or not twins:
+        return entry, ()
+    offers = " or ".join(f"entry={name!r} (--entry {name})" for name in twins)
+    return entry, (
+        f"the file holds weights in {_listed([entry, *twins])}; {entry!r} was taken, {offers} takes the other",
+    )
+
+
+def _same_names(one: Any, other: Any) -> bool:
+    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
+        return False
+    return {*strip_common_prefix(_named(one))} == {*strip_common_prefix(_named(other))}
+
+
+def _named(entry: Mapping[Any, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if isinstance(key, str)}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(map(repr, names))
+
+
 def tensors_of(content: Mapping[str, Any], path: Path, entry: str = "model") -> dict[str, torch.Tensor]:
     """The tensors of `content[entry]`, or of `content` itself; families that cannot be ported are refused first.
 
@@ -197,16 +248,6 @@ def read_json_beside(weights: Path, name: str = "config.json", needed_by: str = 
     if needed_by:
         raise FileNotFoundError(f"no {name} beside {weights}: {needed_by} checkpoints keep their settings there")
     return {}
-
-
-def read_preprocessing(weights: Path) -> dict[str, Any]:
-    """The settings of transformers' image processors beside the weights; the old spelling `size: 224` is a square."""
-    stored = read_json_beside(weights, "preprocessor_config.json")
-    settings = {name: value for name, value in stored.items() if name in PROCESSOR_FIELDS}
-    for name in ("size", "crop_size"):
-        if isinstance(side := settings.get(name), int):
-            settings[name] = {"height": side, "width": side}
-    return settings
 
 
 def license_of(folder: Path) -> str | None:

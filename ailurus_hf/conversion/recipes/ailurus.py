@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from ...architectures.row import Architecture
+from ...modeling.image_processing_ailurus import AiluRusImageProcessor
 from ...registry import ARCHITECTURES
 from ...utils.errors import CheckpointError
 from ..reading.files import state_dict_of
-from ..reading.settings import config_of
-from ..reading.sources import license_of, read_json_beside, read_tensors
-from ..recipe import Plan, Recipe, Reference, Sign, SourceCheckpoint
+from ..reading.settings import config_of, model_class_names
+from ..reading.sources import choose_entry, license_of, read_json_beside, read_tensors
+from ..recipe import Plan, Preprocess, Recipe, Reference, Sign, SourceCheckpoint
 from ..rules import Rename
 
 __all__ = ["RECIPE", "plan_ailurus", "read_ailurus"]
@@ -21,7 +22,7 @@ RULES = (Rename("{name:*}", "{name}"),)
 _NOT_FIELDS = ("architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version")
 
 
-def read_ailurus(weights: Path) -> SourceCheckpoint:
+def read_ailurus(weights: Path, entry: str | None = None) -> SourceCheckpoint:
     """Read `config.json` and the weights beside it.
 
     Raises:
@@ -33,7 +34,9 @@ def read_ailurus(weights: Path) -> SourceCheckpoint:
         allowed = " or ".join(map(repr, ARCHITECTURES))
         found = description.get("model_type")
         raise CheckpointError(f"{weights.parent / 'config.json'}: model_type must be {allowed}, got {found!r}")
-    return SourceCheckpoint(weights, state_dict_of(read_tensors(weights), weights, "state_dict"), description)
+    content = read_tensors(weights)
+    entry, notes = choose_entry(content, weights, ("state_dict",), entry)
+    return SourceCheckpoint(weights, state_dict_of(content, weights, entry), description, notes)
 
 
 def plan_ailurus(checkpoint: SourceCheckpoint) -> Plan:
@@ -43,18 +46,20 @@ def plan_ailurus(checkpoint: SourceCheckpoint) -> Plan:
         CheckpointError: `config.json` names no model of this package.
     """
     row = ARCHITECTURES[checkpoint.description["model_type"]]
-    names = checkpoint.description.get("architectures") or [None]
-    if names[0] not in row.models:
+    names = model_class_names(checkpoint.description)
+    if not names or names[0] not in row.models:
         raise CheckpointError(f"config.json: architectures must name one of {', '.join(row.models)}, got {names!r}")
     auto_class = row.models[names[0]]
     config = _settings(checkpoint, row)
+    processor = _processor(checkpoint.weights_path)
     output = "last_hidden_state" if auto_class == "AutoModel" else "logits"
     return Plan(
         config=config,
         rules=RULES,
-        processor=_processor(checkpoint.weights_path),
+        processor=processor,
         model_class=row.load(auto_class),
         reference=None if auto_class == "AutoBackbone" else _dense_forward(config, row, auto_class, output),
+        preprocess=_preprocess(checkpoint.weights_path),
         output=output,
         pads_images=True,
         license=license_of(checkpoint.weights_path.parent),
@@ -63,7 +68,7 @@ def plan_ailurus(checkpoint: SourceCheckpoint) -> Plan:
 
 def _settings(checkpoint: SourceCheckpoint, row: Architecture) -> dict[str, Any]:
     """The fields that the file has, and those that the engine would otherwise choose itself."""
-    config = config_of(row.load("AutoConfig"), checkpoint.description)
+    config = config_of(row.load("AutoConfig"), checkpoint.description, len(checkpoint.tensors))
     # config.json may leave out defaults; those named below are read before a config is made of the rest
     written = {name: value for name, value in checkpoint.description.items() if name not in _NOT_FIELDS}
     return {
@@ -78,6 +83,19 @@ def _settings(checkpoint: SourceCheckpoint, row: Architecture) -> dict[str, Any]
 def _processor(weights: Path) -> dict[str, Any]:
     settings = read_json_beside(weights, "preprocessor_config.json")
     return {name: value for name, value in settings.items() if not name.endswith("_type") and name != "auto_map"}
+
+
+def _preprocess(weights: Path) -> Preprocess | None:
+    """The source's own image processor; `None` where it has none."""
+    if not (weights.parent / "preprocessor_config.json").is_file():
+        return None
+    processor = AiluRusImageProcessor.from_pretrained(weights.parent)
+
+    def preprocess(picture: torch.Tensor) -> torch.Tensor:
+        pixel_values: torch.Tensor = processor(picture, return_tensors="pt")["pixel_values"]
+        return pixel_values
+
+    return preprocess
 
 
 def _dense_forward(config: Mapping[str, Any], row: Architecture, auto_class: str, output: str) -> Reference:

@@ -54,7 +54,7 @@ RECIPE = Recipe(
         ),
         BARE,
     ),
-    read=partial(read_bare, entry="teacher"),
+    read=partial(read_bare, entries=("teacher",)),
     plan=plan_dino,
     find=partial(find_weights, hub=False),
 )

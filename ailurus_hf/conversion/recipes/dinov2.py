@@ -42,11 +42,19 @@ def plan_dinov2(checkpoint: SourceCheckpoint) -> Plan:
     offset = float(checkpoint.overrides.get("position_offset", 0.0 if registers else POSITION_OFFSET))
     antialias = bool(checkpoint.overrides.get("position_antialias", registers))
     config |= position_settings(offset, antialias)
+    assumed = f"positions are resized with position_offset={offset:g}, position_antialias={antialias}"
+    if not {"position_offset", "position_antialias"} <= checkpoint.overrides.keys():
+        other, antialiased = (POSITION_OFFSET, "false") if registers else (0, "true")
+        assumed += (
+            f", as in the released models {'with' if registers else 'without'} registers, since the file does not "
+            f"tell; the other way in use is --set position_offset={other:g} --set position_antialias={antialiased}"
+        )
     unused = (
         Drop(f"{prefix}mask_token", "stands for masked patches, used only in training", optional=True),
         Drop("{head:dino_head|ibot_head}.{rest:*}", "a projection head, used only in training", optional=True),
     )
-    return encoder_plan(checkpoint, parts, config, unused=unused, recorded={"x_norm_clstoken": "pooler_output"})
+    recorded = {"x_norm_clstoken": "pooler_output"}
+    return encoder_plan(checkpoint, parts, config, unused=unused, recorded=recorded, assumptions=(assumed,))
 
 
 RECIPE = Recipe(
@@ -61,7 +69,7 @@ RECIPE = Recipe(
             ),
         ),
     ),
-    read=partial(read_bare, entry="teacher"),
+    read=partial(read_bare, entries=("teacher",)),
     plan=plan_dinov2,
     find=partial(find_weights, hub=False),
 )

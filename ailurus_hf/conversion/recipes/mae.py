@@ -55,7 +55,7 @@ RECIPE = Recipe(
         ),
         IN_MODEL,
     ),
-    read=partial(read_bare, entry="model"),
+    read=partial(read_bare, entries=("model", "model_ema")),
     plan=plan_mae,
     find=partial(find_weights, hub=False),
 )

@@ -8,7 +8,7 @@ mmsegmentation (https://github.com/open-mmlab/mmsegmentation). Facts of its code
 - images are padded to whole patches; the logits are resized from the padded grid straight to the image's size;
 - the patch projection may have no bias: the tensors tell, not the config;
 - the head looks at one of the layers that `out_indices` names, the one that `in_index` selects;
-- images are normalised on the 0 to 255 scale.
+- images are normalised on the 0 to 255 scale, in blue, green, red or turned around (see `openmmlab.py`).
 
 The settings are those stored in the checkpoint, else those of a `.py` config beside it; neither is executed.
 """
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from ...utils.errors import CheckpointError
-from ..reading.files import strip_common_prefix
 from ..reading.python_config import parse_config, python_configs
-from ..reading.settings import Settings, label_names
-from ..reading.sources import find_weights, license_of, read_tensors, tensors_of
+from ..reading.settings import Settings
+from ..reading.sources import choose_entry, find_weights, license_of, read_tensors, tensors_of
 from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
 from ..references.mmseg import MmsegForward
 from ..rules import BATCH_NORM, PARAM, Drop, Flatten, Rename, Rule, SplitRows
+from .openmmlab import count_channels, head_settings, label_settings, read_pictures, window_settings
 from .timm_style import count_blocks
 
 __all__ = ["RECIPE", "mmseg_rules", "plan_mmseg", "read_mmseg"]
@@ -110,17 +110,18 @@ def mmseg_rules(decoder_type: str, final_norm: bool) -> tuple[Rule, ...]:
     return BACKBONE_RULES + (FINAL_NORM_RULES if final_norm else ()) + HEAD_RULES[decoder_type] + (auxiliary,)
 
 
-def read_mmseg(weights: Path) -> SourceCheckpoint:
+def read_mmseg(weights: Path, entry: str | None = None) -> SourceCheckpoint:
     """Read a checkpoint and its config, from inside the file or from the one `.py` beside it.
 
     Raises:
         CheckpointError: a file is unreadable or unsafe, or holds no state dict or no config.
     """
     content = read_tensors(weights, objects=True)
-    tensors = strip_common_prefix(tensors_of(content, weights, "state_dict"))
+    entry, notes = choose_entry(content, weights, ("state_dict",), entry)
+    tensors = tensors_of(content, weights, entry)
     texts, labels = python_configs(content)
     texts = {f"{weights}, {place}": text for place, text in texts.items()}
-    return SourceCheckpoint(weights, tensors, {**_config(texts, weights), "labels": labels})
+    return SourceCheckpoint(weights, tensors, {**_config(texts, weights), "labels": labels}, notes)
 
 
 def _config(texts: dict[str, str], weights: Path) -> dict[str, Any]:
@@ -146,16 +147,24 @@ def plan_mmseg(checkpoint: SourceCheckpoint) -> Plan:
     backbone, head = model.section("backbone"), model.section("decode_head")
     _check_kinds(backbone, head)
     config = _backbone_settings(checkpoint, backbone) | _head_settings(head)
-    config |= _label_settings(checkpoint, config["num_labels"]) | _window_settings(model)
-    data = model.values.get("data_preprocessor") or checkpoint.description.get("data_preprocessor")
-    data = data or checkpoint.description.get("img_norm_cfg")
+    config |= label_settings(checkpoint.description["labels"], config["num_labels"])
+    windows, notes = window_settings(model)
+    pictures = read_pictures(checkpoint.description, config["num_channels"])
+    if pictures is None:
+        raise CheckpointError(
+            "the config's data_preprocessor or img_norm_cfg must tell mean and standard deviation, got neither"
+        )
+    config |= windows
     return Plan(
         config=config,
         rules=mmseg_rules(config["decoder_type"], config["use_final_norm"]),
-        processor=_processor(data, config),
+        processor=pictures.processor,
         reference=MmsegForward(config),
+        preprocess=pictures.preprocess,
+        bgr=pictures.bgr,
         pads_images=True,
         license=license_of(checkpoint.weights_path.parent),
+        notes=pictures.notes + notes,
     )
 
 
@@ -221,7 +230,9 @@ def _backbone_settings(checkpoint: SourceCheckpoint, backbone: Settings) -> dict
 
 def _head_settings(head: Settings) -> dict[str, Any]:
     kind = head.values["type"]
-    settings = {"decoder_type": HEADS[kind], "num_labels": head.integer("num_classes")}
+    masks = kind == "SegmenterMaskTransformerHead"  # one mask for each class, whatever out_channels says
+    num_labels = head.integer("num_classes") if masks else count_channels(head)
+    settings = {"decoder_type": HEADS[kind], "num_labels": num_labels, **head_settings(head, num_labels)}
     if kind == "FCNHead":
         return settings
     if kind == "SETRUPHead":
@@ -235,6 +246,7 @@ def _head_settings(head: Settings) -> dict[str, Any]:
         }
     embed_dims = head.integer("embed_dims", 768)
     return settings | {
+        "decoder_hidden_size": embed_dims,
         "decoder_num_layers": head.integer("num_layers"),
         "decoder_num_attention_heads": head.integer("num_heads"),
         "decoder_intermediate_size": head.integer("mlp_ratio", 4) * embed_dims,
@@ -243,39 +255,9 @@ def _head_settings(head: Settings) -> dict[str, Any]:
     }
 
 
-def _label_settings(checkpoint: SourceCheckpoint, num_labels: int) -> dict[str, Any]:
-    """Class names and colours of the data set, where the checkpoint carries as many as it has classes."""
-    labels = checkpoint.description["labels"]
-    settings, palette = label_names(labels.get("classes"), num_labels), labels.get("palette")
-    if _is_list(palette, num_labels) and all(_is_list(colour, 3) for colour in palette):
-        settings["palette"] = [[int(value) for value in colour] for colour in palette]
-    return settings
-
-
-def _window_settings(model: Settings) -> dict[str, int]:
-    test = model.values.get("test_cfg")
-    if not isinstance(test, Mapping) or test.get("mode") != "slide":
-        return {}
-    size, stride = (model.section("test_cfg").pair(name) for name in ("crop_size", "stride"))
-    if len({*size}) > 1 or len({*stride}) > 1:
-        return {}  # windows here are square
-    return {"window_size": size[0], "window_stride": stride[0]}
-
-
-def _processor(data: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Normalisation, from the 0 to 255 scale to 0 to 1."""
-    settings = Settings(data if isinstance(data, Mapping) else {}, "the config's data_preprocessor.")
-    mean, std = (settings.numbers(name, length=config["num_channels"]) for name in ("mean", "std"))
-    return {"image_mean": [value / 255 for value in mean], "image_std": [value / 255 for value in std]}
-
-
 def _eps(norm: Any) -> float:
     eps = norm.get("eps", DEFAULT_EPS) if isinstance(norm, Mapping) and norm.get("type", "LN") == "LN" else DEFAULT_EPS
     return float(eps)
-
-
-def _is_list(value: Any, length: int) -> bool:
-    return isinstance(value, list | tuple) and len(value) == length
 
 
 RECIPE = Recipe(

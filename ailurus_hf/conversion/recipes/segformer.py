@@ -10,14 +10,17 @@ SegFormer: Xie et al., NeurIPS 2021, arXiv 2105.15203. Facts of the original cod
 | fusion reads | last stage first | last stage first | first stage first |
 | classifier | `classifier` | `linear_pred`; `conv_seg` is unused | `conv_seg` |
 
-Sizes come from the tensors themselves. Only the number of attention heads is not in them: it comes from the settings
-stored with the weights (which are parsed, never run), else it is that of all published models, (1, 2, 5, 8).
+Sizes come from the tensors themselves. The number of attention heads, how pictures are prepared, windows, dropout and
+what the loss leaves out are not in them: they come from the settings stored with the weights (which are parsed, never
+run). Where those say nothing, heads are those of all published models, (1, 2, 5, 8), and pictures are normalised as
+theirs, in red, green, blue.
 """
 
 import ast
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -29,12 +32,16 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from ...modeling.modeling_ailurus_segformer import AiluRusSegformerForSemanticSegmentation
 from ...utils.errors import CheckpointError
-from ..reading.files import state_dict_of, strip_common_prefix
-from ..reading.python_config import python_configs
-from ..reading.settings import config_of, label_names
-from ..reading.sources import license_of, read_json_beside, read_preprocessing, read_tensors
-from ..recipe import Evidence, Plan, Recipe, Reference, Sign, SourceCheckpoint
+from ..reading.files import state_dict_of
+from ..reading.python_config import parse_config, python_configs
+from ..reading.settings import Settings, config_of
+from ..reading.sources import choose_entry, license_of, read_json_beside, read_tensors
+from ..recipe import Evidence, Pictures, Plan, Recipe, Reference, Sign, SourceCheckpoint
+from ..references.pictures import Preprocessing
+from ..references.segformer import SegformerForward
 from ..rules import BATCH_NORM, PARAM, Drop, Flatten, Rename, Rule, SplitRows, fill, match, renames
+from .native_processor import native_pictures
+from .openmmlab import head_settings, label_settings, read_pictures, window_settings
 from .timm_style import IMAGENET
 
 __all__ = ["ORIGINS", "RECIPE", "RULES", "plan_segformer", "read_segformer"]
@@ -47,6 +54,17 @@ CITATION = """@inproceedings{xie2021segformer,
 }"""
 STAGES = range(4)
 PUBLISHED_HEADS = (1, 2, 5, 8)  # of MiT-B0 to B5
+STRIDES = (4, 2, 2, 2)  # of all of them, and of the original codes without settings
+NATIVE_SETTINGS = (
+    "strides",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "drop_path_rate",
+    "classifier_dropout_prob",
+    "initializer_range",
+    "semantic_loss_ignore_index",
+)  # of transformers' configuration, kept under the same names
 # A tensor name that only checkpoints of this origin have.
 ORIGINS = {
     "transformers": "segformer.stages.0.patch_embeddings.proj.weight",
@@ -152,18 +170,19 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
 }
 
 
-def read_segformer(weights: Path) -> SourceCheckpoint:
+def read_segformer(weights: Path, entry: str | None = None) -> SourceCheckpoint:
     """Read a checkpoint and the settings in it or beside it.
 
     Raises:
         CheckpointError: a file is unreadable or unsafe, or holds no state dict.
     """
     content = read_tensors(weights, objects=True)
-    tensors = strip_common_prefix(state_dict_of(content, weights, "state_dict"))
+    entry, notes = choose_entry(content, weights, ("state_dict",), entry)
+    tensors = state_dict_of(content, weights, entry)
     texts, labels = python_configs(content)
     beside = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(weights.parent.glob("*.py"))]
     settings = {"config.json": read_json_beside(weights), "python": [*texts.values(), *beside]}
-    return SourceCheckpoint(weights, tensors, {**settings, "classes": labels.get("classes")})
+    return SourceCheckpoint(weights, tensors, {**settings, "labels": labels}, notes)
 
 
 def plan_segformer(checkpoint: SourceCheckpoint) -> Plan:
@@ -183,27 +202,48 @@ def plan_segformer(checkpoint: SourceCheckpoint) -> Plan:
     config = _sizes(rules, checkpoint)
     heads, notes = _heads(checkpoint)
     config |= {"num_attention_heads": heads, **EPS[origin], "decoder_type": "conv" if origin == "mmseg" else "linear"}
-    config |= label_names(_stored_names(checkpoint.description, config["num_labels"]), config["num_labels"])
+    native = _native_config(checkpoint, heads)
+    python = {**_python_settings(checkpoint), "labels": checkpoint.description["labels"]}
+    config |= _training_settings(native, python, config["num_labels"]) | label_settings(
+        {**python["labels"], **_native_names(checkpoint.description, config["num_labels"])}, config["num_labels"]
+    )
+    model = Settings(python, "the config's ").section("model", default={})
+    windows, window_notes = window_settings(model)
+    config |= windows
+    pictures = _pictures(checkpoint, python, origin, config["num_channels"])
     # counted in each stage, so the shallowest decides
     tail = checkpoint.overrides.get("tail_layers", 0)
     config["cluster_layer"] = max(0, min(2, min(config["depths"]) - 1 - tail))
     return Plan(
         config=config,
         rules=rules,
-        processor=_processor(checkpoint.weights_path),
+        processor=pictures.processor,
         model_class=AiluRusSegformerForSemanticSegmentation,
-        reference=_native_forward(checkpoint.description["config.json"], heads),
+        reference=_reference(origin, native, config),
+        preprocess=pictures.preprocess,
+        bgr=pictures.bgr,
         image_sizes=((64, 96), (50, 75)),
         license=license_of(checkpoint.weights_path.parent),
-        notes=notes,
+        notes=notes + window_notes + pictures.notes,
     )
 
 
-def _native_forward(settings: Mapping[str, Any], heads: list[int]) -> Reference | None:
-    """transformers' own class on the same tensors; `None` where its `config.json` is not there."""
+def _native_config(checkpoint: SourceCheckpoint, heads: list[int]) -> SegformerConfig | None:
+    """transformers' configuration; `None` where its `config.json` is not there."""
+    settings = checkpoint.description["config.json"]
     if settings.get("model_type") != "segformer":
         return None
-    native = config_of(SegformerConfig, {**settings, "num_attention_heads": heads})
+    return config_of(SegformerConfig, {**settings, "num_attention_heads": heads}, len(checkpoint.tensors))
+
+
+def _reference(origin: str, native: SegformerConfig | None, config: Mapping[str, Any]) -> Reference | None:
+    if not origin.startswith("transformers"):
+        return SegformerForward(config)
+    return None if native is None else _native_forward(native)
+
+
+def _native_forward(native: SegformerConfig) -> Reference:
+    """transformers' own class on the same tensors."""
 
     def forward(tensors: Mapping[str, torch.Tensor], pixel_values: torch.Tensor) -> torch.Tensor:
         model = SegformerForSemanticSegmentation.from_pretrained(
@@ -278,21 +318,56 @@ def _values_in_python(text: str, name: str) -> Iterator[Any]:
                 yield ast.literal_eval(value)
 
 
-def _stored_names(description: Mapping[str, Any], num_labels: int) -> Any:
-    """The class names of the config, in order, else those beside the weights."""
+def _native_names(description: Mapping[str, Any], num_labels: int) -> dict[str, Any]:
+    """The class names of transformers' config, in order, where it has some."""
     stored = description["config.json"].get("id2label")
-    if isinstance(stored, Mapping):
-        return [stored.get(str(index)) for index in range(num_labels)]
-    return description["classes"]
+    if not isinstance(stored, Mapping):
+        return {}
+    return {"classes": [stored.get(str(index)) for index in range(num_labels)]}
 
 
-def _processor(weights: Path) -> dict[str, Any]:
-    """ImageNet normalisation, as all three origins have; size and numbers of `preprocessor_config.json` if there."""
-    stored = read_preprocessing(weights)
-    settings = IMAGENET | {name: stored[name] for name in IMAGENET if name in stored}
-    if isinstance(stored.get("size"), Mapping):
-        settings |= {"do_resize": stored.get("do_resize", True) is True, "size": stored["size"]}
-    return settings
+def _python_settings(checkpoint: SourceCheckpoint) -> dict[str, Any]:
+    """The assignments of the first config of OpenMMLab's tools that has some of those read here; else nothing."""
+    for text in checkpoint.description["python"]:
+        with suppress(CheckpointError):  # any .py may lie beside the weights
+            config = parse_config(text, "config")
+            if any(isinstance(config.get(name), Mapping) for name in ("model", "data_preprocessor", "img_norm_cfg")):
+                return config
+    return {}
+
+
+def _training_settings(native: SegformerConfig | None, python: Mapping[str, Any], num_labels: int) -> dict[str, Any]:
+    """Dropout, strides, what the loss leaves out, and the threshold of one channel."""
+    if native is not None:
+        return {name: getattr(native, name) for name in NATIVE_SETTINGS}
+    model = Settings(python, "the config's ").section("model", default={})
+    backbone, head = model.section("backbone", default={}), model.section("decode_head", default={})
+    head.choice("align_corners", (False,), False)
+    strides = backbone.values.get("strides", STRIDES)
+    return {
+        "strides": list(strides) if isinstance(strides, list | tuple) else strides,
+        "hidden_dropout_prob": backbone.share("drop_rate", 0.0),
+        "attention_probs_dropout_prob": backbone.share("attn_drop_rate", 0.0),
+        "drop_path_rate": backbone.share("drop_path_rate", 0.1),
+        "classifier_dropout_prob": head.share("dropout_ratio", 0.1),
+        **head_settings(head, num_labels),
+    }
+
+
+def _pictures(checkpoint: SourceCheckpoint, python: Mapping[str, Any], origin: str, num_channels: int) -> Pictures:
+    """How pictures are prepared; as all published models have it where no setting tells."""
+    published = Pictures(IMAGENET, preprocess=Preprocessing(IMAGENET["image_mean"], IMAGENET["image_std"]))
+    if (stored := native_pictures(checkpoint.weights_path, "segformer")) is not None:
+        return stored
+    if origin.startswith("transformers"):
+        return published
+    if (read := read_pictures(python, num_channels)) is not None:
+        return read
+    note = (
+        "no setting tells how pictures are prepared; they are normalised as for all published models, with ImageNet's "
+        "mean and standard deviation, in red, green, blue"
+    )
+    return replace(published, notes=(note,))
 
 
 RECIPE = Recipe(
@@ -304,4 +379,5 @@ RECIPE = Recipe(
     ),
     read=read_segformer,
     plan=plan_segformer,
+    relatives=("ailurus",),
 )

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ...utils.errors import CheckpointError
-from ..reading.files import read_yaml, state_dict_of, strip_common_prefix
+from ..reading.files import read_yaml, state_dict_of
 from ..reading.settings import Settings
-from ..reading.sources import find_weights, read_tensors
-from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
+from ..reading.sources import choose_entry, find_weights, read_tensors
+from ..recipe import Pictures, Plan, Recipe, Sign, SourceCheckpoint
+from ..references.pictures import Preprocessing
 from ..references.segmenter import SegmenterForward
 from ..rules import PARAM, Drop, Rename, Rule, Transpose
-from .timm_style import IMAGENET, block_rules, count_blocks
+from .timm_style import IMAGENET, block_rules
 
 __all__ = ["RECIPE", "plan_segmenter", "read_segmenter", "segmenter_rules"]
 
@@ -74,20 +75,22 @@ def segmenter_rules(decoder_type: str, distilled: bool) -> tuple[Rule, ...]:
     return ENCODER_RULES + (DISTILLED_RULES if distilled else ()) + DECODER_RULES[decoder_type]
 
 
-def read_segmenter(weights: Path) -> SourceCheckpoint:
+def read_segmenter(weights: Path, entry: str | None = None) -> SourceCheckpoint:
     """Read a checkpoint and the `variant.yml` beside it.
 
     Raises:
         FileNotFoundError: `variant.yml` is missing.
         CheckpointError: a file is unreadable or unsafe, or holds no state dict.
     """
-    tensors = strip_common_prefix(state_dict_of(read_tensors(weights), weights, "model"))
+    content = read_tensors(weights)
+    entry, notes = choose_entry(content, weights, ("model",), entry)
+    tensors = state_dict_of(content, weights, entry)
     variant = weights.parent / "variant.yml"
     if not variant.is_file():
         raise FileNotFoundError(
             f"no variant.yml beside {weights}: official Segmenter checkpoints keep their settings there"
         )
-    return SourceCheckpoint(weights, tensors, read_yaml(variant))
+    return SourceCheckpoint(weights, tensors, read_yaml(variant), notes)
 
 
 def plan_segmenter(checkpoint: SourceCheckpoint) -> Plan:
@@ -100,11 +103,18 @@ def plan_segmenter(checkpoint: SourceCheckpoint) -> Plan:
     net = variant.section("net_kwargs")
     config = _encoder_config(net) | _decoder_config(net.section("decoder"), net)
     config |= _window_config(variant)
-    _check_number_of_blocks(checkpoint, config)
-    processor, notes = _processor(variant, net)
+    pictures = _pictures(variant, net)
     rules = segmenter_rules(config["decoder_type"], config["use_distillation_token"])
     reference = SegmenterForward(config)
-    return Plan(config=config, rules=rules, processor=processor, reference=reference, pads_images=True, notes=notes)
+    return Plan(
+        config=config,
+        rules=rules,
+        processor=pictures.processor,
+        reference=reference,
+        preprocess=pictures.preprocess,
+        pads_images=True,
+        notes=pictures.notes,
+    )
 
 
 def _encoder_config(net: Settings) -> dict[str, Any]:
@@ -123,11 +133,18 @@ def _encoder_config(net: Settings) -> dict[str, Any]:
         "image_size": _image_size(net),
         "patch_size": net.integer("patch_size"),
         "num_channels": net.integer("channels", default=3),
-        "num_labels": net.integer("n_cls"),
+        "num_labels": _num_labels(net),
         "use_distillation_token": net.flag("distilled", default=False),
         "position_interpolation": "bilinear",
         "position_resize_rule": "count",
     }
+
+
+def _num_labels(net: Settings) -> int:
+    number = net.integer("n_cls")
+    if number == 1:  # the original takes the largest of the classes' logits
+        raise CheckpointError(f"{net.where}n_cls must be at least 2, got 1: of one class every pixel is of that class")
+    return number
 
 
 def _decoder_config(decoder: Settings, net: Settings) -> dict[str, Any]:
@@ -157,17 +174,7 @@ def _window_config(variant: Settings) -> dict[str, int]:
     return {name: inference.integer(name) for name in ("window_size", "window_stride") if name in inference.values}
 
 
-def _check_number_of_blocks(checkpoint: SourceCheckpoint, config: Mapping[str, Any]) -> None:
-    """Refuse an absurd number of layers before a model of that depth is built."""
-    for part, layers in (("encoder", config["num_hidden_layers"]), ("decoder", config.get("decoder_num_layers", 0))):
-        found = count_blocks(checkpoint.tensors, f"{part}.blocks.{{layer}}") if layers else 0
-        if layers > found:
-            raise CheckpointError(
-                f"variant.yml gives the {part} {layers} layers, but {checkpoint.weights_path} holds {found} of them"
-            )
-
-
-def _processor(variant: Settings, net: Settings) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _pictures(variant: Settings, net: Settings) -> Pictures:
     """Preprocessing as in the original evaluation: the shorter side resized to `im_size`, then normalised.
 
     Without `inference_kwargs.im_size` the size is the training images' (`dataset_kwargs.image_size`), else the
@@ -189,7 +196,9 @@ def _processor(variant: Settings, net: Settings) -> tuple[dict[str, Any], tuple[
         size = dataset.integer("image_size")
     else:
         size = min(_image_size(net))
-    return {"do_resize": True, "size": {"shortest_edge": size}, **NORMALIZATIONS[names[0]]}, notes
+    processor = {"do_resize": True, "size": {"shortest_edge": size}, **NORMALIZATIONS[names[0]]}
+    preprocess = Preprocessing(processor["image_mean"], processor["image_std"], shortest_edge=size)
+    return Pictures(processor, preprocess=preprocess, notes=notes)
 
 
 def _image_size(net: Settings) -> tuple[int, int]:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ...utils.errors import CheckpointError
-from ..reading.files import strip_common_prefix
 from ..reading.settings import Settings
-from ..reading.sources import license_of, read_json_beside, read_tensors, tensors_of
-from ..recipe import Plan, Recipe, Sign, SourceCheckpoint
+from ..reading.sources import TWINS, choose_entry, license_of, read_json_beside, read_tensors, tensors_of
+from ..recipe import Pictures, Plan, Recipe, Sign, SourceCheckpoint
+from ..references.pictures import Preprocessing
 from .timm_style import BARE, BLOCK, IN_MODEL, TimmParts, encoder_plan, encoder_settings, position_settings
 
 __all__ = ["RECIPE", "plan_timm", "read_timm"]
@@ -47,15 +47,17 @@ CITATION = """@misc{rw2019timm,
 }"""
 
 
-def read_timm(weights: Path) -> SourceCheckpoint:
+def read_timm(weights: Path, entry: str | None = None) -> SourceCheckpoint:
     """Read the weights and, when it is beside them, timm's `config.json`.
+
+    Checkpoints of timm's training script hold its arguments beside the weights.
 
     Raises:
         CheckpointError: a file is unreadable or unsafe, or holds no state dict.
     """
-    content = read_tensors(weights)
-    tensors = strip_common_prefix(tensors_of(content, weights, "model"))
-    return SourceCheckpoint(weights, tensors, read_json_beside(weights))
+    content = read_tensors(weights, objects=True)
+    entry, notes = choose_entry(content, weights, TWINS, entry)
+    return SourceCheckpoint(weights, tensors_of(content, weights, entry), read_json_beside(weights), notes)
 
 
 def plan_timm(checkpoint: SourceCheckpoint) -> Plan:
@@ -87,7 +89,7 @@ def plan_timm(checkpoint: SourceCheckpoint) -> Plan:
         config,
         classifiers=classifiers,
         recorded=None if classifiers else {"tokens": "last_hidden_state", "logits": "pooler_output"},
-        processor=_processor(pretrained, classify=bool(classifiers)),
+        pictures=_pictures(pretrained, classify=bool(classifiers)),
         license=license if isinstance(license, str) else license_of(checkpoint.weights_path.parent),
     )
 
@@ -118,22 +120,25 @@ def _image_size(arguments: Settings, pretrained: Mapping[str, Any]) -> list[int]
     return Settings({"input_size": size[1:]}, "config.json: ").pair("input_size") if isinstance(size, list) else None
 
 
-def _processor(pretrained: Mapping[str, Any], classify: bool) -> dict[str, Any]:
+def _pictures(pretrained: Mapping[str, Any], classify: bool) -> Pictures:
     """Normalisation and, for classifiers, timm's evaluation: resize the shorter side, then cut out the middle."""
     settings = Settings(pretrained, "config.json: ")
-    processor: dict[str, Any] = {f"image_{name}": settings.numbers(name, [0.5, 0.5, 0.5]) for name in ("mean", "std")}
+    mean, std = (settings.numbers(name, [0.5, 0.5, 0.5]) for name in ("mean", "std"))
+    processor: dict[str, Any] = {"image_mean": mean, "image_std": std}
     size = pretrained.get("input_size")
     if classify and isinstance(size, list) and len(size) == 3:
         # timm resizes to input / crop_pct, so that the crop cuts out that share
         shortest = math.floor(min(size[1:]) / float(pretrained.get("crop_pct") or 0.875))
+        resample, (height, width) = RESAMPLING.get(str(pretrained.get("interpolation")), 3), size[1:]
         processor |= {
             "do_resize": True,
             "size": {"shortest_edge": shortest},
-            "resample": RESAMPLING.get(str(pretrained.get("interpolation")), 3),
+            "resample": resample,
             "do_center_crop": True,
-            "crop_size": {"height": size[1], "width": size[2]},
+            "crop_size": {"height": height, "width": width},
         }
-    return processor
+        return Pictures(processor, preprocess=Preprocessing(mean, std, 1.0, False, shortest, resample, (height, width)))
+    return Pictures(processor, preprocess=Preprocessing(mean, std))
 
 
 RECIPE = Recipe(
@@ -144,6 +149,10 @@ RECIPE = Recipe(
         Sign(
             "config.json with timm's 'architecture', and tensors named blocks.0.attn.qkv.weight",
             lambda e: e.has(BLOCK) and "architecture" in e.config,
+        ),
+        Sign(
+            "an entry 'state_dict' with tensors named blocks.0.attn.qkv.weight",
+            lambda e: e.has(BLOCK) and not {"state_dict", "state_dict_ema"}.isdisjoint(e.container),
         ),
         IN_MODEL,
         BARE,

@@ -5,7 +5,7 @@ The tensors tell nearly everything: sizes, which tokens there are, LayerScale, b
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +15,9 @@ import torch
 
 from ...modeling.modeling_ailurus import AiluRusForImageClassification, AiluRusModel
 from ...utils.errors import CheckpointError
-from ..reading.files import strip_common_prefix
-from ..reading.sources import read_tensors, tensors_of
-from ..recipe import Plan, Sign, SourceCheckpoint
+from ..reading.sources import choose_entry, read_tensors, tensors_of
+from ..recipe import Pictures, Plan, Sign, SourceCheckpoint
+from ..references.pictures import Preprocessing
 from ..references.vit import ViTForward
 from ..rules import PARAM, Rename, Rule, SplitRows, match, renames
 
@@ -25,6 +25,7 @@ __all__ = [
     "BARE",
     "BLOCK",
     "IMAGENET",
+    "IMAGENET_PICTURES",
     "IN_MODEL",
     "TimmParts",
     "block_rules",
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 IMAGENET: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+IMAGENET_PICTURES = Pictures(IMAGENET, preprocess=Preprocessing(IMAGENET["image_mean"], IMAGENET["image_std"]))
 PUBLISHED_HEADS = {
     192: 3,
     384: 6,
@@ -96,14 +98,20 @@ class TimmParts:
         return any(match(rule, key) is not None for key in self.keys)
 
 
-def read_bare(weights: Path, entry: str) -> SourceCheckpoint:
-    """Read a file without settings: the tensors of `entry`, whatever is beside them, or the whole file.
+def read_bare(weights: Path, entry: str | None = None, *, entries: Sequence[str]) -> SourceCheckpoint:
+    """Read a file without settings: the tensors of an entry, whatever is beside them, or the whole file.
+
+    Args:
+        weights: the file.
+        entry: the entry that the user names.
+        entries: those to look for.
 
     Raises:
         CheckpointError: a file is unreadable or unsafe, or holds no state dict.
     """
-    tensors = tensors_of(read_tensors(weights, objects=True), weights, entry)
-    return SourceCheckpoint(weights, strip_common_prefix(tensors), description={})
+    content = read_tensors(weights, objects=True)
+    entry, notes = choose_entry(content, weights, entries, entry)
+    return SourceCheckpoint(weights, tensors_of(content, weights, entry), description={}, notes=notes)
 
 
 def block_rules(
@@ -246,8 +254,9 @@ def encoder_plan(
     classifiers: Mapping[str, str] = {},
     unused: tuple[Rule, ...] = (),
     recorded: Mapping[str, str] | None = None,
-    processor: Mapping[str, Any] = IMAGENET,
+    pictures: Pictures = IMAGENET_PICTURES,
     license: str | None = None,
+    assumptions: tuple[str, ...] = (),
 ) -> Plan:
     """The plan for a bare encoder, or for one with classifiers.
 
@@ -255,7 +264,8 @@ def encoder_plan(
         config: fields of the model's config, except those of the classifiers.
         classifiers: names of the classifiers that the source has -> ours.
         unused: rules for what has no place in the model.
-        recorded, processor, license: as in `Plan`.
+        pictures: how pictures are prepared.
+        recorded, license, assumptions: as in `Plan`; the number of heads is added where nothing told it.
     """
     config = dict(config)
     if classifiers:
@@ -264,12 +274,25 @@ def encoder_plan(
     return Plan(
         config=config,
         rules=(*encoder_rules(parts, "ailurus." if classifiers else ""), *renames(classifiers), *unused),
-        processor=dict(processor),
+        processor=dict(pictures.processor),
+        preprocess=pictures.preprocess,
         model_class=AiluRusForImageClassification if classifiers else AiluRusModel,
         reference=ViTForward(config, parts.prefix, parts.register_name, tuple(classifiers)),
         output="logits" if classifiers else "last_hidden_state",
         recorded=recorded or {"logits": "logits"},
         license=license,
+        assumptions=assumptions + _assumed_heads(checkpoint, config),
+    )
+
+
+def _assumed_heads(checkpoint: SourceCheckpoint, config: Mapping[str, Any]) -> tuple[str, ...]:
+    arguments = checkpoint.description.get("model_args")  # of timm
+    told = isinstance(arguments, Mapping) and arguments.get("num_heads")
+    if told or "num_attention_heads" in checkpoint.overrides:
+        return ()
+    return (
+        f"num_attention_heads={config['num_attention_heads']}, as in published models of {config['hidden_size']} "
+        "channels, since the file does not tell; --set num_attention_heads=N sets another",
     )
 
 

@@ -19,10 +19,11 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from ...modeling.modeling_ailurus import AiluRusForImageClassification, AiluRusModel
 from ...utils.errors import CheckpointError
 from ..reading.settings import config_of
-from ..reading.sources import license_of, read_json_beside, read_preprocessing, read_tensors, tensors_of
-from ..recipe import Plan, Recipe, Reference, Sign, SourceCheckpoint
+from ..reading.sources import choose_entry, license_of, read_json_beside, read_tensors, tensors_of
+from ..recipe import Pictures, Plan, Recipe, Reference, Sign, SourceCheckpoint
 from ..rules import PARAM, Drop, Rename, Rule, SplitRows, renames
 from ..unsupported import refuse_unsupported
+from .native_processor import native_pictures
 from .timm_style import position_settings, rows_of
 
 __all__ = ["FAMILIES", "RECIPE", "Family", "plan_transformers", "read_transformers", "transformers_rules"]
@@ -124,7 +125,7 @@ def _layer_rules(family: Family, version: int, block: str, layer: str, gated: bo
     return renames(names, f"{block}.", f"{layer}.") + special
 
 
-def read_transformers(weights: Path) -> SourceCheckpoint:
+def read_transformers(weights: Path, entry: str | None = None) -> SourceCheckpoint:
     """Read `config.json` and the weights beside it.
 
     Raises:
@@ -138,7 +139,9 @@ def read_transformers(weights: Path) -> SourceCheckpoint:
         raise CheckpointError(f"{config}: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}")
     if description.get("quantization_config"):
         raise CheckpointError(f"{config}: quantised weights cannot be converted; convert the full-precision checkpoint")
-    return SourceCheckpoint(weights, tensors_of(read_tensors(weights), weights, "state_dict"), description)
+    content = read_tensors(weights)
+    entry, notes = choose_entry(content, weights, ("state_dict",), entry)
+    return SourceCheckpoint(weights, tensors_of(content, weights, entry), description, notes)
 
 
 def plan_transformers(checkpoint: SourceCheckpoint) -> Plan:
@@ -148,7 +151,8 @@ def plan_transformers(checkpoint: SourceCheckpoint) -> Plan:
         CheckpointError: a setting is not valid or not supported.
     """
     family = FAMILIES[checkpoint.description["model_type"]]
-    native = config_of(CONFIG_MAPPING[checkpoint.description["model_type"]], checkpoint.description)
+    config_class = CONFIG_MAPPING[checkpoint.description["model_type"]]
+    native = config_of(config_class, checkpoint.description, len(checkpoint.tensors))
     known = [name for name in CLASSES if name is not None and family.native_class(name) is not None]
     classifier = next((name for name in known if f"{name}.weight" in checkpoint.tensors), None)
     config = _settings(native, family) | _label_settings(checkpoint, native, family, classifier)
@@ -162,12 +166,14 @@ def plan_transformers(checkpoint: SourceCheckpoint) -> Plan:
         family, version, prefix, target, config["use_swiglu_ffn"], config["num_register_tokens"] > 0
     )
     height, width = config["image_size"]
+    pictures = native_pictures(checkpoint.weights_path, native.model_type) or Pictures({})
     return Plan(
         config=config,
         rules=rules + _classifier_rules(classifier),
-        processor=read_preprocessing(checkpoint.weights_path),
+        processor=pictures.processor,
         model_class=AiluRusModel if classifier is None else AiluRusForImageClassification,
         reference=_native_forward(native, family, classifier),
+        preprocess=pictures.preprocess,
         output="last_hidden_state" if classifier is None else "logits",
         resizes=height == width,  # the native classes take the square root of the number of positions
         license=license_of(checkpoint.weights_path.parent),
@@ -270,5 +276,5 @@ RECIPE = Recipe(
     signs=(Sign("config.json with a model_type of a plain ViT", lambda e: e.model_type in FAMILIES),),
     read=read_transformers,
     plan=plan_transformers,
-    relatives=("segformer",),
+    relatives=("segformer", "ailurus"),
 )
