@@ -1,9 +1,10 @@
 """Region merging: groups grown from the bottom, along the edges of the grid, cheapest first.
 
 Every token starts as a region. In each of a fixed number of rounds every region picks its cheapest edge to a neighbour,
-and the cheapest of those picked are contracted. Under a strict order of edges the picked ones form a forest, so each
-contraction takes away exactly one region: the number of regions after each round is known before, no control flow
-depends on the data, and all groups are connected on the grid.
+and some of those picked are contracted: first edges that both ends have picked, then the others, the cheapest first.
+Under a strict order of edges the picked ones form a forest, so each contraction takes away exactly one region: the
+number of regions after each round is known before, no control flow depends on the data, and all groups are connected on
+the grid.
 
 The cost of an edge is that of Ward (1963, J. Am. Stat. Assoc. 58): by how much merging the two regions raises the sum
 of squared distances to the means, `n_u n_v / (n_u + n_v) * ||mu_u - mu_v||^2`. Picking each region's cheapest edge is
@@ -22,7 +23,10 @@ from torch.nn import functional as F
 from transformers.utils.generic import maybe_autocast
 
 NUM_FEATURES = 64  # distances are between projections to so many numbers, see `project`
-NUM_ROUNDS = 8
+NUM_ROUNDS = 12
+_INDEX_BITS = 31  # of a key, below the 31 bits of a cost
+_PLACE = 2**_INDEX_BITS - 1
+_LATER = 2**62  # above both
 _NO_EDGE = torch.iinfo(torch.int64).max
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -124,14 +128,14 @@ def merge_regions(
         distance = (features - _rows(means, region)).square().sum(-1)
         nearest = torch.full_like(region[:, :num_groups], _NO_EDGE)
         nearest = nearest.scatter_reduce(1, region, _keys(distance), "amin")
-        return region, nearest & 0xFFFFFFFF
+        return region, nearest & _PLACE
 
 
 def _keys(values: Tensor) -> Tensor:
-    """Unique integers (batch_size, K) in the order of values >= 0, equal ones by their place, which is in the low 32
-    bits; NaN counts as the largest."""
+    """Unique integers (batch_size, K) in the order of values >= 0, equal ones by their place, which is in the low bits;
+    NaN counts as the largest."""
     values = values.nan_to_num(nan=_LARGEST, posinf=_LARGEST).clamp(max=_LARGEST).float().contiguous()
-    return (values.view(torch.int32).long() << 32) | torch.arange(values.shape[1], device=values.device)
+    return (values.view(torch.int32).long() << _INDEX_BITS) | torch.arange(values.shape[1], device=values.device)
 
 
 def _edge_keys(sums: Tensor, sizes: Tensor, first: Tensor, second: Tensor, frozen: Tensor | None) -> Tensor:
@@ -142,7 +146,8 @@ def _edge_keys(sums: Tensor, sizes: Tensor, first: Tensor, second: Tensor, froze
     cost = distance * (sizes_first * sizes_second / (sizes_first + sizes_second))
     if frozen is not None:
         cost = cost.masked_fill(frozen, math.inf)
-    return _keys(cost).masked_fill(first == second, _NO_EDGE)
+    keys = torch.where(cost < _LARGEST, _keys(cost), _keys(cost) | _LATER)  # of broken and protected tokens
+    return keys.masked_fill(first == second, _NO_EDGE)
 
 
 def _contract(keys: Tensor, first: Tensor, second: Tensor, num_regions: int, num_left: int) -> Tensor:
@@ -150,10 +155,11 @@ def _contract(keys: Tensor, first: Tensor, second: Tensor, num_regions: int, num
     index = torch.arange(num_regions, device=keys.device).expand(keys.shape[0], -1)
     best = torch.full_like(index, _NO_EDGE)
     best = best.scatter_reduce(1, first, keys, "amin").scatter_reduce(1, second, keys, "amin")
-    edge = (best & 0xFFFFFFFF).clamp(max=keys.shape[1] - 1)
+    edge = (best & _PLACE).clamp(max=keys.shape[1] - 1)
     partner = torch.where(best == _NO_EDGE, index, first.gather(1, edge) + second.gather(1, edge) - index)
-    # Where two regions pick the same edge it counts once, for the second of them.
-    picked = best.masked_fill((best.gather(1, partner) == best) & (index <= partner), _NO_EDGE)
+    is_mutual = best.gather(1, partner) == best
+    # Where two regions pick the same edge it counts once, for the second of them, and before all other edges.
+    picked = torch.where(is_mutual, best, best | _LATER).masked_fill(is_mutual & (index <= partner), _NO_EDGE)
     last = picked.sort(dim=1).values[:, num_regions - num_left - 1, None]
     parent = torch.where(picked <= last, partner, index)
     for _ in range(max(1, math.ceil(math.log2(num_regions)))):  # to the end of the longest possible chain

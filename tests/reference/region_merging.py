@@ -1,5 +1,6 @@
 """Region merging in loops over regions: slow, and close to the description."""
 
+import collections
 import itertools
 import math
 
@@ -36,12 +37,13 @@ def merge_regions(features, grid, counts, protected=()):
             frozen = any(token in protected for token in edges[edge])
             return (math.inf if frozen else float(np.float32(cost))), edge
 
-        picked = set()
+        picked = collections.Counter()
         for region in members:
             around = [e for e, ends in enumerate(edges) if len({label[t] for t in ends} | {region}) == 2]
             around = [e for e in around if region in {label[t] for t in edges[e]}]
-            picked.add(min(around, key=order))
-        for edge in sorted(picked, key=order)[: len(members) - count]:
+            picked[min(around, key=order)] += 1
+        turn = sorted(picked, key=lambda edge: (order(edge)[0] == math.inf, -picked[edge], order(edge)))
+        for edge in turn[: len(members) - count]:
             first, second = (label[token] for token in edges[edge])
             label = [min(first, second) if own in (first, second) else own for own in label]
     return label
