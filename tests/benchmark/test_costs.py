@@ -79,7 +79,7 @@ def test_layers_that_peft_adds_are_counted():
         ({"flip": True}, [(40, 56)] * 2),
         ({"scales": (0.5, 1), "flip": True}, [(20, 28)] * 2 + [(40, 56)] * 2),
         ({"sliding_window": True}, [(32, 32)] * 6),  # two rows of windows, at 0, 16, 24 along the width
-        ({"sliding_window": True, "flip": True}, [(32, 32)] * 12),
+        pytest.param({"sliding_window": True, "flip": True}, [(32, 32)] * 12, marks=pytest.mark.slow),
     ],
 )
 def test_evaluation_counts_every_forward(views, forwards):
@@ -90,8 +90,8 @@ def test_evaluation_counts_every_forward(views, forwards):
         model = wrap(tiny_model(AiluRusForSemanticSegmentation, window_size=32, window_stride=16))
         report = evaluate_segmentation(model, AiluRusImageProcessor(), samples, (0.25,), progress=False, **views)
         for result in report.budgets:
-            expected = sum(count_flops(model, *size, keep_ratio=result.keep_ratio) for size in forwards)
-            assert result.gflops == pytest.approx(expected / 1e9)
+            counts = {size: count_flops(model, *size, keep_ratio=result.keep_ratio) for size in set(forwards)}
+            assert result.gflops == pytest.approx(sum(counts[size] for size in forwards) / 1e9)
 
 
 def test_variants_take_turns():

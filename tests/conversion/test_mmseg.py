@@ -330,10 +330,10 @@ class TestOneChannel:
         for number, names in enumerate(({"0": "water"}, {1: "water"}, {0: "land", 1: "water"})):
             settings = {"id2label": names, "binary_threshold": 0.7, "palette": [[0, 0, 0], [7, 8, 9]][-len(names) :]}
             convert_checkpoint("mmseg", tmp_path / "source", tmp_path / str(number), **settings)
-            assert class_names(AiluRusConfig.from_pretrained(tmp_path / str(number))) == ["background", "water"]
+            config = AiluRusConfig.from_pretrained(tmp_path / str(number))
+            assert class_names(config.id2label, config.num_labels) == ["background", "water"]
             assert AiluRusImageProcessor.from_pretrained(tmp_path / str(number)).binary_threshold == 0.7
-            palette = AiluRusConfig.from_pretrained(tmp_path / str(number)).palette
-            assert [list(colour) for colour in palette] == [[7, 8, 9]]
+            assert [list(colour) for colour in config.palette] == [[7, 8, 9]]
         with pytest.raises(ValueError, match="id2label must name the classes 0 to 0"):
             convert_checkpoint("mmseg", tmp_path / "source", tmp_path / "out", id2label={0: "a", 1: "b", 2: "c"})
 
