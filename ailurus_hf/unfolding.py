@@ -34,8 +34,9 @@ def restore(hidden_states: Tensor, source: Any, *, stage: int | None = None) -> 
         running = [spread for controller in controllers_of(source) if (spread := controller.running_spread())]
         if len(running) != 1:
             raise ValueError(
-                f"{len(running) or 'no'} forward of an encoder in {type(source).__name__} is running on merged tokens: "
-                "call restore in a hook inside the layers, with one encoder"
+                f"{len(running) or 'no'} forward of an adapted encoder in {type(source).__name__} is running on merged "
+                "tokens: call restore in a hook inside the layers, with one encoder; of a model of this package give "
+                "what it returned"
             )
         return running[0](hidden_states)
     assignment, sizes = source.assignment, source.group_sizes
