@@ -23,7 +23,7 @@ __all__ = ["Verification", "float_dtype", "verify_checkpoint"]
 # smallest mistakes that a recipe can make, a wrong epsilon or way of resizing, are far above.
 TOLERANCE = 1e-4
 RELATIVE_TOLERANCE = 1e-5
-FROM_PICTURE = "the source's formulas from a picture on"
+FROM_PICTURE = "the whole way from a picture"
 
 
 @dataclass(frozen=True)
