@@ -72,7 +72,10 @@ def shown_stages(merged: Segmentation) -> list[ClusterMap]:
         ValueError: the segmentation has no clusters.
     """
     if not merged.stages:
-        raise ValueError("merged must have clusters, got a segmentation by sliding windows or of a model without")
+        raise ValueError(
+            "merged must have clusters, got a segmentation by sliding windows, of a model without, or of a picture "
+            "that the image processor cuts at its first row or column (do_center_crop=False leaves it whole)"
+        )
     merging = [stage for stage in merged.stages if stage.num_tokens < stage.clusters.size]
     return merging or [merged.stages[-1]]
 
