@@ -157,6 +157,9 @@ class EncoderController:
     def install(self) -> None:
         """Register the hooks."""
         self._settings, self._given = make_settings(self.config.ailurus), dict(self.config.ailurus)
+        self._hook_all()
+
+    def _hook_all(self) -> None:
         self.register_hooks()
         self.owner.register_forward_pre_hook(self.enter)
         self.owner.register_forward_hook(self.drop_states, always_call=True)
@@ -209,7 +212,7 @@ class EncoderController:
         if layers != self.layers:
             self.remove()
             self.layers = layers
-            self.install()
+            self._hook_all()  # the settings stay: their entry in the configuration may be gone, see `settings`
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Hook before the encoder."""

@@ -80,6 +80,17 @@ def test_a_wrapped_layer_keeps_its_hooks():
     assert_equal(outputs(model, INPUTS), expected)
 
 
+@torch.no_grad()
+def test_layers_change_after_another_model_of_the_configuration_was_put_back():
+    model = VIT.adapted()
+    other = apply_ailurus(ViTModel(model.config).eval(), cluster_layer=1, keep_ratio=0.25)
+    expected = model(IMAGES).last_hidden_state
+    remove_ailurus(other)
+    assert torch.equal(model(IMAGES).last_hidden_state, expected)
+    del model.layers[-1]
+    assert model(IMAGES).last_hidden_state.shape == expected.shape
+
+
 def test_too_few_layers_are_left():
     model = apply_ailurus(VIT.model(), cluster_layer=3)
     del model.layers[-1]
