@@ -23,7 +23,7 @@ class BoundaryScore(Accumulator):
     nor do their neighbours because of them.
 
     Args:
-        num_labels: number of classes.
+        num_labels: number of classes; 1, as of a model with one channel, counts background and foreground.
         ignore_index: label of pixels that do not count.
         tolerance: largest distance that counts as met, as a share of the picture's diagonal; at least one pixel.
     """
@@ -31,6 +31,7 @@ class BoundaryScore(Accumulator):
     def __init__(self, num_labels: int, ignore_index: int = 255, tolerance: float = 0.0075) -> None:
         if tolerance < 0:
             raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+        num_labels = max(num_labels, 2)
         self.num_labels, self.ignore_index, self.tolerance = num_labels, ignore_index, tolerance
         # Rows: predicted boundary pixels that are met, all predicted, true ones that are met, all true.
         self.counts = torch.zeros(4, num_labels, dtype=torch.int64)

@@ -16,11 +16,12 @@ class ConfusionMatrix(Accumulator):
     """Counts of (true class, predicted class) pairs, added up image by image.
 
     Args:
-        num_labels: number of classes.
+        num_labels: number of classes; 1, as of a model with one channel, counts background and foreground.
         ignore_index: label of pixels that do not count.
     """
 
     def __init__(self, num_labels: int, ignore_index: int = 255) -> None:
+        num_labels = max(num_labels, 2)
         self.num_labels = num_labels
         self.ignore_index = ignore_index
         self.counts = torch.zeros(num_labels, num_labels, dtype=torch.int64)

@@ -42,7 +42,7 @@ class SegmentationMetrics:
     """
 
     def __init__(self, num_labels: int, ignore_index: int = 255, id2label: Mapping[int, str] | None = None) -> None:
-        self.matrix, self.id2label = ConfusionMatrix(max(num_labels, 2), ignore_index), id2label
+        self.matrix, self.id2label = ConfusionMatrix(num_labels, ignore_index), id2label
 
     def __call__(self, prediction: Any, compute_result: bool = True) -> dict[str, float]:
         """Add a batch; the scores, and a new start, when `compute_result`."""

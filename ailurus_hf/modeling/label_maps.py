@@ -44,12 +44,12 @@ def class_names(id2label: Mapping[int, str] | Mapping[str, str] | None, num_labe
     Args:
         id2label: names by number, or by number as JSON has it, a string. Classes without one are called `LABEL_i`, as
             in transformers, and classes of one name get their number behind it. None for the numbers alone.
-        num_labels: number of classes; 1 of a model with one channel, whose name is the foreground's.
+        num_labels: number of classes; 1 of a model with one channel. A single name for one or two is the foreground's.
     """
     if not id2label:
         return [str(index) for index in range(max(num_labels, 2))]
     given = {int(index): str(name) for index, name in id2label.items()}
-    if num_labels == 1 or (num_labels == 2 and list(given) == [1]):
+    if num_labels <= 2 and len(given) == 1:
         return [BACKGROUND, *given.values()]
     names = [given.get(index, f"LABEL_{index}") for index in range(num_labels)]
     counts = Counter(names)

@@ -22,7 +22,7 @@ from ailurus_hf import (
 )
 from ailurus_hf.cli.app import main
 from ailurus_hf.data import SegmentationCollator, SegmentationDataset, SegmentationFolder
-from ailurus_hf.evaluation import ConfusionMatrix, class_scores, evaluate_segmentation, segment_image
+from ailurus_hf.evaluation import ConfusionMatrix, class_scores, evaluate_segmentation, load_metric, segment_image
 from ailurus_hf.modeling.label_maps import class_names, labels_of_logits, num_classes
 from ailurus_hf.training import SegmentationLoss, SegmentationTrainer
 from ailurus_hf.visualization import model_palette
@@ -256,3 +256,19 @@ class TestEveryPartAgrees:
         trainer.train()
         after = trainer.evaluate()["eval_mean_iou"]
         assert after > max(before, 0.8)
+
+
+@pytest.mark.parametrize("name", ["mean_iou", "boundary_f"])
+@pytest.mark.parametrize("id2label", [None, {0: "flood"}, {1: "flood"}])
+def test_metrics_count_both_classes_of_one_channel(name: str, id2label: dict[int, str] | None) -> None:
+    labels = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]])
+    metric = load_metric(name, num_labels=1, id2label=id2label)
+    metric.add(prediction=labels, reference=labels)
+    found = {key.partition("/")[2]: value for key, value in metric.compute().items() if "/" in key}
+    assert found == dict.fromkeys(["0", "1"] if id2label is None else ["background", "flood"], 1.0)
+
+
+def test_one_name_for_two_classes_is_the_foreground() -> None:
+    assert class_names({0: "flood"}, 1) == class_names({1: "flood"}, 2) == ["background", "flood"]
+    assert class_names(None, 1) == ["0", "1"]
+    assert class_names({0: "a", 2: "b"}, 3) == ["a", "LABEL_1", "b"]
