@@ -13,7 +13,15 @@ from typing import Any
 from torch import nn
 
 from .adapters.controller import controllers_of
-from .modeling.settings import HINTS, AdaptiveResolutionMixin, make_settings, override, overrides_of, with_overrides
+from .modeling.settings import (
+    HINTS,
+    AdaptiveResolutionMixin,
+    make_settings,
+    override,
+    overrides_of,
+    replaced_by,
+    with_overrides,
+)
 
 __all__ = ["has_budget", "keep_ratio_of", "set_keep_ratio", "with_budget"]
 
@@ -72,8 +80,8 @@ def with_budget(model: nn.Module, **settings: Any) -> Iterator[None]:
     Args:
         model: the model.
         settings: any setting of adaptive resolution, such as `keep_ratio=0.25`, `num_clusters`, `stage_keep_ratios`,
-            `grouping`, `cluster_layer`; a `keep_ratio` takes the place of exact numbers that the model or an outer
-            block has. Or what a method takes beside them, for the images of the block's forwards: `protect`
+            `grouping`, `cluster_layer`; a `keep_ratio` takes the place of exact numbers and of `places` that the model
+            or an outer block has. Or what a method takes beside them, for the images of the block's forwards: `protect`
             (batch_size, N) bool, `importance` (batch_size, N) float, `seed`.
 
     Raises:
@@ -113,8 +121,9 @@ def set_keep_ratio(model: nn.Module, keep_ratio: float) -> None:
         ValueError: the ratio is out of range.
     """
     make_settings({"keep_ratio": keep_ratio})  # before anything is written
+    change = {"keep_ratio": keep_ratio}
     for owner in _merging(model):
-        owner.store({**dict.fromkeys(owner.stored().exact), "keep_ratio": keep_ratio})
+        owner.store({**dict.fromkeys(replaced_by(change)), **change})
 
 
 def _owners(model: nn.Module) -> list[_Owner]:

@@ -55,7 +55,7 @@ def main(
         runner = torch.compile(twin, fullgraph=True, mode=mode) if compile else twin
         variants[f"{ratio:g}"] = lambda runner=runner: runner(images)
     hidden_states = model.embeddings(images)
-    for layer in model.layers[: config.cluster_layer]:
+    for layer in model.layers[: config.num_dense_layers]:
         hidden_states, _ = layer(hidden_states)
 
     def merge_and_unfold(ratio: float) -> None:

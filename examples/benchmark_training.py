@@ -32,7 +32,7 @@ class Step:
     def __init__(self, model, keep_ratio, frozen, bf16):
         self.model, self.bf16 = copy.deepcopy(model).train(), bf16
         self.model.config.keep_ratio = keep_ratio
-        freeze_layers(self.model, model.config.cluster_layer if frozen else 0)
+        freeze_layers(self.model, model.config.num_dense_layers if frozen else 0)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, 1e-6, fused=True)
         self.weights = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}

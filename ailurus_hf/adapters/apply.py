@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..modeling.settings import AdaptiveResolutionMixin, make_settings, names_of, refuse_unknown
+from ..modeling.settings import AdaptiveResolutionMixin, as_stored, make_settings, names_of, refuse_unknown, replaced_by
 from .controller import EncoderController, controllers_of
 from .families import FAMILIES, UNSUPPORTED, FamilySpec
 from .map_layers import MapController
@@ -32,9 +32,10 @@ def apply_ailurus(
 
     Args:
         model: a model of transformers, or a submodel of one.
-        cluster_layer: number of layers that run on all tokens before the tokens are grouped; 2 by default.
-        keep_ratio: share of patch tokens kept, above 0 and at most 1; at 1 nothing is merged; 0.5 by default. Given
-            without `num_clusters`, it clears a stored count, which would win over it.
+        cluster_layer: number of layers that run on all tokens before the tokens are grouped; by default
+            what the method does best with.
+        keep_ratio: share of patch tokens kept, above 0 and at most 1; at 1 nothing is merged; 0.5 by default. It
+            takes the place of a stored `num_clusters` or `places`, which would win over it.
         family: name of a family, where only its encoders are to be adapted, or a `FamilySpec`, the row of an encoder
             that the table lacks.
         settings: the other settings, `grouping`, `num_clusters` and so on, with the defaults of `AiluRusConfig`.
@@ -62,8 +63,8 @@ def apply_ailurus(
     if not known and not fresh:
         raise ValueError(_nothing_found(model, family))
     stored = _stored(config, [*known, *fresh])
-    if "keep_ratio" in given:
-        stored.pop("num_clusters", None)
+    for name in replaced_by(given):
+        stored.pop(name, None)
     settings = asdict(make_settings(stored | given))
     for controller in [*known, *fresh]:
         controller.segments(make_settings(settings))  # raises before anything is changed
@@ -112,7 +113,7 @@ def _stored(config: Any, controllers: list[EncoderController]) -> dict[str, Any]
         ValueError: the encoders keep different ones.
     """
     if hasattr(config, "ailurus"):
-        return dict(config.ailurus)
+        return as_stored(config.ailurus)
     configs: list[Any] = [controller.config for controller in controllers]
     configs += [getattr(controller.owner, "config", None) for controller in controllers]
     found = [kept.ailurus for kept in configs if hasattr(kept, "ailurus")]
@@ -121,7 +122,7 @@ def _stored(config: Any, controllers: list[EncoderController]) -> dict[str, Any]
             "the encoders of this model keep different settings, and they would get the same: call apply_ailurus on "
             "each encoder instead, or remove_ailurus(model) first"
         )
-    return dict(found[0]) if found else {}
+    return as_stored(found[0]) if found else {}
 
 
 def _forget_settings(model: nn.Module) -> None:

@@ -356,7 +356,7 @@ class EncoderController:
         return reduce_sequence(
             inputs,
             state.grid,
-            state.settings.num_groups(math.prod(state.grid)),
+            state.settings.num_groups(math.prod(state.grid), index),
             state.settings,
             context,
             num_prefix=num_prefix,

@@ -53,7 +53,7 @@ def global_layers(settings: AdaptiveResolutionMixin, num_layers: int, config: An
     chosen = [range(index, index + 1) for index in with_global if index in merged]
     if not chosen:
         raise ValueError(
-            f"cluster_layer={settings.cluster_layer} and tail_layers={settings.tail_layers} must leave a layer with "
+            f"cluster_layer={settings.num_dense_layers} and tail_layers={settings.tail_layers} must leave a layer with "
             f"global attention, which are {with_global}: only those run on merged tokens, the windows between them "
             "need the whole grid"
         )

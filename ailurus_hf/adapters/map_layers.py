@@ -110,7 +110,7 @@ class MapController(EncoderController):
         context = ReductionContext(norm=module, **hints_of(self.config))
         # The residual is in the map itself, so that none is needed to come back.
         copying = with_overrides(settings, {"unfold": "copy"})
-        reduction = reduce(tokens, grid, settings.num_groups(tokens.shape[1]), copying, context)
+        reduction = reduce(tokens, grid, settings.num_groups(tokens.shape[1], index), copying, context)
         if reduction is None:
             return None
         if reduction.merge is None:

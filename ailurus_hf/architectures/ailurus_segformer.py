@@ -46,7 +46,7 @@ def _card(config: Any) -> list[str]:
     budget = f"{config.num_clusters} tokens in each stage that merges" if config.num_clusters else "by these shares"
     return [
         "A SegFormer that runs the later blocks of its stages on fewer tokens: after "
-        f"{config.cluster_layer} blocks of a stage similar neighbouring tokens are merged, and the full grid comes "
+        f"{config.num_dense_layers} blocks of a stage similar neighbouring tokens are merged, and the full grid comes "
         "back at the stage's end (AiluRus, arXiv 2311.01197, in SegFormer, arXiv 2105.15203).",
         "",
         f"- Encoder: stages of {_listed(config.depths)} blocks, {_listed(config.hidden_sizes)} wide, "

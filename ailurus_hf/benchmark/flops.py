@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from ..modeling.settings import replaced_by
 from ..registry import architecture_of
 
 __all__ = ["count_flops"]
@@ -31,7 +32,8 @@ def count_flops(
         height, width: size of the image in pixels.
         forward: what is run, where it is not one forward: a function of the model's copy and `pixel_values` (1,
             num_channels, height, width) that calls the copy as often as it likes, such as for sliding windows.
-        settings: fields of the configuration to change for the count, such as `keep_ratio=1`.
+        settings: fields of the configuration to change for the count, such as `keep_ratio=1`, which takes the place of
+            exact numbers.
 
     Raises:
         TypeError: the model is not one of this package's.
@@ -55,6 +57,7 @@ def count_flops(
 
 def _twin(model: Any, settings: dict[str, Any]) -> tuple[Any, Any]:
     """A copy of the model without data, with other settings, and its configuration."""
+    settings = {**{name: None for name in replaced_by(settings) if hasattr(model.config, name)}, **settings}
     if not hasattr(model, "peft_config"):
         config = copy.deepcopy(model.config)
         for name, value in settings.items():

@@ -39,7 +39,8 @@ def convert(
         typer.Option(help="Share of tokens the model keeps by default, above 0 and at most 1.", show_default="0.5"),
     ] = None,
     cluster_layer: Annotated[
-        int | None, typer.Option(help="Layers that run on all tokens before they are clustered.", show_default="2")
+        int | None,
+        typer.Option(help="Layers that run on all tokens before they are grouped.", show_default="the method's"),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="that of the source")

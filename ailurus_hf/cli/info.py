@@ -48,7 +48,7 @@ def _describe(model: Any, height: int | None, width: int | None) -> dict[str, di
     auto_class = row.models[type(model).__name__]
     classes = num_classes(config) if auto_class == SEGMENTATION else config.num_labels
     size = (height or config.grid_size[0] * config.patch_size, width or config.grid_size[1] * config.patch_size)
-    dense, merged = count_flops(model, *size, keep_ratio=1.0, num_clusters=None), count_flops(model, *size)
+    dense, merged = count_flops(model, *size, keep_ratio=1.0), count_flops(model, *size)
     tokens: dict[str, Any] = {}
     for stage in row.stages(config, *size):
         name = f"{stage.name} tokens".lstrip()

@@ -50,8 +50,6 @@ def load_model(
     except StrictDataclassError as error:  # not a ValueError, and its text has several lines
         raise ValueError(f"settings of {path}: {' '.join(str(error).split())}") from error
     _check_loading(path, info)
-    if "keep_ratio" in chosen:  # an exact count stored in the checkpoint would win over it
-        model.config.num_clusters = None
     return model.eval()
 
 

@@ -16,7 +16,7 @@ KeepRatio = Annotated[
 ]
 ClusterLayer = Annotated[
     int | None,
-    typer.Option(help="Layers that run on all tokens before they are clustered.", show_default="the model's"),
+    typer.Option(help="Layers that run on all tokens before they are grouped.", show_default="the model's"),
 ]
 Device = Annotated[
     str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...; auto takes an accelerator if there is one.")

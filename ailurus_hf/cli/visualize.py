@@ -26,6 +26,7 @@ def visualize(
     dtype: Dtype = None,
 ) -> None:
     """Draw one picture's clusters, its dense and merged predictions, and where they differ."""
+    from ..budget import with_budget
     from ..data.images import read_image
     from ..evaluation import segment_image
     from ..visualization.figure import shown_stages
@@ -36,8 +37,8 @@ def visualize(
     network = load_on_device(model, device, dtype, keep_ratio=keep_ratio, cluster_layer=cluster_layer)
     processor = load_processor(model)
     merged = segment_image(network, processor, picture)
-    network.config.keep_ratio, network.config.num_clusters = 1.0, None
-    dense = segment_image(network, processor, picture)
+    with with_budget(network, keep_ratio=1.0):
+        dense = segment_image(network, processor, picture)
     save_figure(out, network, picture, dense, merged)
     agreement = float((dense.labels == merged.labels).mean())
     counts = [

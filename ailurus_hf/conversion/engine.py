@@ -30,7 +30,7 @@ from .detection import choose_recipe
 from .reading.files import file_sha256
 from .reading.settings import check_sizes
 from .reading.sources import weight_files
-from .recipe import Plan, SourceCheckpoint
+from .recipe import Plan, SourceCheckpoint, cluster_layer_of
 from .recipes import RECIPES
 from .report import ConversionReport, KeyRow
 from .rules import Drop, Flatten, Rename, Rule, SplitRows, Transpose, fill, match, source_of
@@ -88,8 +88,8 @@ def convert_checkpoint(
         entry: name of the weights' entry in the file, where it holds several, such as "state_dict_ema"; by default the
             one that is not averaged (of DINO and DINOv2 the teacher).
         progress: called with a short text at each step.
-        settings: fields of the model's configuration to set: `keep_ratio`, `cluster_layer` (default: 2, or
-            less when the model is too shallow), `id2label`, ...
+        settings: fields of the model's configuration to set: `keep_ratio`, `cluster_layer` (default: what the
+            method does best with, or less when the model is too shallow), `id2label`, ...
 
     Returns:
         What was done.
@@ -266,9 +266,9 @@ def _build_skeleton(plan: Plan, settings: Mapping[str, Any], num_tensors: int) -
             raise TypeError(f"unknown setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
     merged = {**plan.config, **_label_settings(plan, settings)}
     check_sizes(merged, num_tensors)
-    if "cluster_layer" not in merged:  # the config's own default may be deeper than a toy model
+    if "cluster_layer" not in merged:
         depth = merged["num_hidden_layers"] - merged.get("tail_layers", 0)
-        merged["cluster_layer"] = max(0, min(2, depth - 1))
+        merged["cluster_layer"] = cluster_layer_of(depth, merged)
     try:
         config = config_class(**merged)
     except StrictDataclassError as error:  # not a ValueError, and its text has several lines

@@ -10,10 +10,22 @@ import torch
 from transformers import PreTrainedModel
 
 from ..modeling.modeling_ailurus import AiluRusForSemanticSegmentation
+from ..modeling.reduction import GROUPINGS
+from ..modeling.settings import AdaptiveResolutionMixin
 from .reading.sources import find_weights
 from .rules import Rule
 
-__all__ = ["Evidence", "Pictures", "Plan", "Preprocess", "Recipe", "Reference", "Sign", "SourceCheckpoint"]
+__all__ = [
+    "Evidence",
+    "Pictures",
+    "Plan",
+    "Preprocess",
+    "Recipe",
+    "Reference",
+    "Sign",
+    "SourceCheckpoint",
+    "cluster_layer_of",
+]
 
 # (source tensors by name, pixel_values (batch_size, num_channels, height, width)) -> the output `Plan.output`
 Reference = Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
@@ -156,3 +168,10 @@ class Recipe:
     plan: Callable[[SourceCheckpoint], Plan]
     find: Callable[[str | Path], Path] = find_weights
     relatives: tuple[str, ...] = ()
+
+
+def cluster_layer_of(depth: int, settings: Mapping[str, Any]) -> int | None:
+    """The setting `cluster_layer` for a model of `depth` layers: None, which is the method's own, or less where that
+    would leave no layer to run on merged tokens."""
+    method = GROUPINGS.get(settings.get("grouping", AdaptiveResolutionMixin.grouping))
+    return None if method is None or method.cluster_layer < depth else max(0, depth - 1)

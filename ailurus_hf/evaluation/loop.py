@@ -231,4 +231,4 @@ def _gflops(
         return None
     height, width = image_processor(sample.image, return_tensors="pt")["pixel_values"].shape[-2:]
     run = partial(class_scores, **views)
-    return count_flops(model, height, width, run, keep_ratio=keep_ratio, num_clusters=None) / 1e9
+    return count_flops(model, height, width, run, keep_ratio=keep_ratio) / 1e9

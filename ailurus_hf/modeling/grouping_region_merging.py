@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils.generic import maybe_autocast
 
+from .token_groups import TokenGroups
+
 NUM_FEATURES = 64  # distances are between projections to so many numbers, see `project`
 NUM_ROUNDS = 12
 _INDEX_BITS = 31  # of a key, below the 31 bits of a cost
@@ -46,7 +48,7 @@ def grid_edges(grid: tuple[int, ...], device: torch.device) -> tuple[Tensor, Ten
 
 
 def num_regions_after_rounds(num_tokens: int, num_groups: int, protecting: bool = False) -> list[int]:
-    """How many regions are left after each round, the last of them `num_groups`.
+    """How many regions are left after each round, of `num_tokens` at the beginning and `num_groups` at the end.
 
     They fall geometrically, at most to half in a round, which the picked edges always allow. With protected tokens,
     which pick none, what is too many falls to half: there are no more of them than `num_groups`.
@@ -78,7 +80,12 @@ def project(tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def merge_regions(
-    tokens: Tensor, grid: tuple[int, ...], num_groups: int, *, protect: Tensor | None = None
+    tokens: Tensor,
+    grid: tuple[int, ...],
+    num_groups: int,
+    *,
+    protect: Tensor | None = None,
+    merged: TokenGroups | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Divide the tokens of a grid into connected regions of alike tokens.
 
@@ -86,49 +93,53 @@ def merge_regions(
     equal cost are ordered by their place in the grid. Tokens with NaN or infinite features merge last.
 
     Args:
-        tokens: (batch_size, N, hidden_size), any float dtype; patch tokens only, row by row.
+        tokens: (batch_size, N, hidden_size), any float dtype; patch tokens only, row by row. With `merged`
+            (batch_size, K, hidden_size), one for each of K groups.
         grid: sizes of the grid axes in tokens, `(height, width)` or `(time, height, width)`; their product is N.
-        num_groups: M, from 1 to N.
-        protect: (batch_size, N) bool, tokens that stay by themselves.
+        num_groups: M, from 1 to N, with `merged` to K.
+        protect: (batch_size, N) bool, tokens of the grid that stay by themselves.
+        merged: the groups that are merged already, and that grow on.
 
     Returns:
         assignment: (batch_size, N) int64, each token's group in [0, M).
-        representatives: (batch_size, M) int64, the member nearest to each group's mean, the first among equals.
+        representatives: (batch_size, M) int64, the token nearest to each group's mean, the first among equals; of
+            merged ones, the one that stood for it.
 
     Raises:
-        ValueError: `tokens` or `protect` does not fit `grid`; `num_groups` is outside [1, N]; or so many tokens are
+        ValueError: `tokens` or `protect` does not fit `grid`; `num_groups` is outside its range; or so many tokens are
             protected that the others do not fit into the groups that are left.
     """
-    num_tokens = math.prod(grid)
+    num_tokens = math.prod(grid) if merged is None else merged.sizes.shape[1]
     if tokens.ndim != 3 or tokens.shape[1] != num_tokens:
         raise ValueError(f"tokens must be (batch_size, {num_tokens}, hidden_size) on grid {grid}, got {tokens.shape}")
     if not 1 <= num_groups <= num_tokens:
         raise ValueError(f"num_groups must be between 1 and the number of tokens {num_tokens}, got {num_groups}")
-    if protect is not None and (protect.shape != tokens.shape[:2] or protect.dtype != torch.bool):
-        raise ValueError(
-            f"protect must be {tuple(tokens.shape[:2])} bool, got {tuple(protect.shape)} {str(protect.dtype)[6:]}"
-        )
+    shape = (tokens.shape[0], math.prod(grid))
+    if protect is not None and (protect.shape != shape or protect.dtype != torch.bool):
+        raise ValueError(f"protect must be {shape} bool, got {tuple(protect.shape)} {str(protect.dtype)[6:]}")
     with maybe_autocast(tokens.device.type, enabled=False):
         features = project(tokens.to(torch.promote_types(tokens.dtype, torch.float32)))
         first, second = grid_edges(grid, tokens.device)
         # Edges of protected tokens are contracted last of all, where nothing else is left.
         frozen = None if protect is None else protect[:, first] | protect[:, second]
-        region = torch.arange(num_tokens, device=tokens.device).expand(tokens.shape[0], -1)
-        sums, sizes = features, torch.ones_like(features[..., 0])
+        of_inputs = torch.arange(num_tokens, device=tokens.device).expand(tokens.shape[0], -1)
+        region = of_inputs if merged is None else merged.assignment  # of each token of the grid
+        sizes = torch.ones_like(features[..., 0]) if merged is None else merged.sizes.to(features.dtype)
+        sums = features if merged is None else features * sizes[..., None]
         for num_regions in num_regions_after_rounds(num_tokens, num_groups, protect is not None):
             ends = region[:, first], region[:, second]
             target = _contract(_edge_keys(sums, sizes, *ends, frozen), *ends, sums.shape[1], num_regions)
             sums, sizes = _sum_members(torch.cat([sums, sizes[..., None]], dim=-1), target, num_regions).split(
                 [sums.shape[-1], 1], dim=-1
             )
-            sizes, region = sizes[..., 0], target.gather(1, region)
+            sizes, of_inputs = sizes[..., 0], target.gather(1, of_inputs)
+            region = of_inputs if merged is None else target.gather(1, region)
         if protect is not None and not torch.compiler.is_compiling():
             _check_protected(sizes.gather(1, region), protect, num_groups)
-        means = sums / sizes[..., None]
-        distance = (features - _rows(means, region)).square().sum(-1)
-        nearest = torch.full_like(region[:, :num_groups], _NO_EDGE)
-        nearest = nearest.scatter_reduce(1, region, _keys(distance), "amin")
-        return region, nearest & _PLACE
+        distance = (features - _rows(sums / sizes[..., None], of_inputs)).square().sum(-1)
+        nearest = torch.full_like(of_inputs[:, :num_groups], _NO_EDGE)
+        nearest = nearest.scatter_reduce(1, of_inputs, _keys(distance), "amin") & _PLACE
+        return region, nearest if merged is None else merged.representatives.gather(1, nearest)
 
 
 def _keys(values: Tensor) -> Tensor:

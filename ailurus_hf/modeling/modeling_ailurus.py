@@ -288,7 +288,7 @@ class AiluRusModel(AiluRusPreTrainedModel):
         return reduce_sequence(
             hidden_states,
             grid,
-            settings.num_groups(grid[0] * grid[1]),
+            settings.num_groups(grid[0] * grid[1], index),
             settings,
             context,
             num_prefix=num_prefix,

@@ -116,6 +116,11 @@ class Grouping:
         build: makes of a model's configuration a module with parameters, whose forward is as `reduce`; the model owns
             it.
         places: (settings, layers that run on merged tokens) -> those before which it is called; by default the first.
+        repeats: whether it can merge what is merged, for `places` of the settings: at the second place and later
+            `assign` is given the merged tokens (batch_size, K, hidden_size), `context.reduction` knows their groups,
+            and what it gives is for the whole grid as ever.
+        cluster_layer: what the settings' `cluster_layer=None` stands for.
+        features: what the settings' `grouping_features=None` stands for, "raw" or "norm"; see `features`.
         takes: which of the hints `protect`, `importance` and `seed` it heeds; others are refused.
         flops: (settings, number of tokens, hidden_size) -> floating-point operations of grouping one image's tokens
             that are no matrix product, which PyTorch counts by itself; None for none.
@@ -125,6 +130,9 @@ class Grouping:
     reduce: Reduce | None = None
     build: Callable[[Any], nn.Module] | None = None
     places: Callable[[AdaptiveResolutionMixin, range], Sequence[int]] | None = None
+    repeats: bool = False
+    cluster_layer: int = 2
+    features: str = "raw"
     takes: tuple[str, ...] = ()
     flops: Callable[[AdaptiveResolutionMixin, int, int], int] | None = None
 
@@ -133,11 +141,24 @@ class Grouping:
             raise ValueError("a grouping must have one of assign, reduce and build")
 
 
+@torch.no_grad()
+def features(tokens: Tensor, settings: AdaptiveResolutionMixin, context: ReductionContext) -> Tensor:
+    """What a method compares tokens by, as the settings' `grouping_features` says: the tokens, or what the attention of
+    the next layer is about to see of them. A method that prefers the latter takes the former where no norm is known."""
+    wanted = settings.grouping_features or GROUPINGS[settings.grouping].features
+    if wanted == "raw" or (settings.grouping_features is None and context.norm is None):
+        return tokens
+    norm = context.require("norm")
+    # Hooks are for who looks at the layer's own call.
+    normed: Tensor = (norm.forward if isinstance(norm, nn.Module) else norm)(tokens)
+    return normed
+
+
 def _density_peaks(
     tokens: Tensor, grid: Grid, num_groups: int, settings: AdaptiveResolutionMixin, context: ReductionContext
 ) -> tuple[Tensor, Tensor]:
     return cluster_tokens(
-        tokens,
+        features(tokens, settings, context),
         grid,
         num_groups,
         num_neighbors=settings.num_neighbors,
@@ -161,20 +182,26 @@ def _grid(
 def _region_merging(
     tokens: Tensor, grid: Grid, num_groups: int, settings: AdaptiveResolutionMixin, context: ReductionContext
 ) -> tuple[Tensor, Tensor]:
-    """On what the next layer's attention is about to see: its LayerNorm of the tokens, where the caller has one."""
-    with torch.no_grad():
-        features = tokens if context.norm is None else context.norm(tokens)
-    return merge_regions(features, grid, num_groups, protect=context.protect)
+    merged = None if context.reduction is None else context.reduction.groups
+    return merge_regions(features(tokens, settings, context), grid, num_groups, protect=context.protect, merged=merged)
 
 
 def _region_merging_flops(settings: AdaptiveResolutionMixin, num_tokens: int, hidden_size: int) -> int:
     """Subtract, square and add over the projected features of both ends of an edge, four edges a token, every round."""
-    return 3 * min(hidden_size, NUM_FEATURES) * 4 * num_tokens * NUM_ROUNDS
+    num_places = 1 if settings.places is None else len(settings.places)
+    return 3 * min(hidden_size, NUM_FEATURES) * 4 * num_tokens * NUM_ROUNDS * num_places
 
 
 GROUPINGS: dict[str, Grouping] = {
     "density_peaks": Grouping(assign=_density_peaks, flops=_density_peaks_flops),
-    "region_merging": Grouping(assign=_region_merging, takes=("protect",), flops=_region_merging_flops),
+    "region_merging": Grouping(
+        assign=_region_merging,
+        repeats=True,
+        cluster_layer=1,
+        features="norm",
+        takes=("protect",),
+        flops=_region_merging_flops,
+    ),
     "grid": Grouping(assign=_grid),
 }
 
@@ -250,6 +277,8 @@ def reduce(
             "configuration that the model is made from"
         )
     assignment, representatives = row.assign(tokens, grid, num_groups, settings, context)
+    if context.reduction is not None:  # means and residuals are those of the grid that the merged tokens stand for
+        tokens = context.reduction.restore(tokens)
     return reduce_to_groups(tokens, group_tokens(assignment, num_groups, representatives), settings.unfold)
 
 
@@ -390,9 +419,19 @@ def groups_of(reduction: Reduction | None, tokens: Tensor, num_prefix: int = 0) 
 
 
 def merge_places(settings: AdaptiveResolutionMixin, merged_layers: range) -> Sequence[int]:
-    """Layers before which the method is called, of those that run on merged tokens; most methods merge once."""
-    places = GROUPINGS[settings.grouping].places
-    return merged_layers[:1] if places is None else places(settings, merged_layers)
+    """Layers before which the method is called, of those that run on merged tokens; most methods merge once.
+
+    Raises:
+        ValueError: the settings have `places`, and the method cannot merge again, or chooses its own.
+    """
+    row = GROUPINGS[settings.grouping]
+    if settings.places is None:
+        return merged_layers[:1] if row.places is None else row.places(settings, merged_layers)
+    if not row.repeats:
+        able = ", ".join(repr(name) for name, candidate in GROUPINGS.items() if candidate.repeats)
+        raise ValueError(f"places needs a grouping that can merge what is merged, {able}; got {settings.grouping!r}")
+    later = [place for place, _ in settings.places if place in merged_layers[1:]]
+    return [*merged_layers[:1], *later]
 
 
 def hints_of(owner: object) -> dict[str, Any]:

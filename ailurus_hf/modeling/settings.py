@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from huggingface_hub.dataclasses import strict, validated_field
@@ -72,6 +73,25 @@ def _ratios(values: Any) -> None:
             raise ValueError(f"must hold numbers above 0 and at most 1, got {value}")
 
 
+def _places(values: Any) -> None:
+    if values is None:
+        return
+    pairs = [tuple(pair) if isinstance(pair, list | tuple) else () for pair in values]
+    if not pairs or any(len(pair) != 2 or type(pair[0]) is not int for pair in pairs):
+        raise ValueError(f"must hold pairs (layer, share of tokens to keep), got {values}")
+    _ratios([ratio for _, ratio in pairs])
+    for (layer, ratio), (next_layer, next_ratio) in pairwise([(-1, 1), *pairs]):
+        if next_layer <= layer or next_ratio > ratio:
+            raise ValueError(
+                f"must hold layers from 0 on, each above the one before, and shares that fall, got {values}"
+            )
+
+
+def _no_places(value: Any) -> None:
+    if value is not None:
+        raise ValueError(f"must be None where each stage merges by itself, got {value}; use stage_keep_ratios")
+
+
 def _known_grouping(value: str) -> None:
     from .reduction import GROUPINGS  # reduction imports this file
 
@@ -79,6 +99,13 @@ def _known_grouping(value: str) -> None:
         raise ValueError(
             f"must be one of {', '.join(map(repr, GROUPINGS))}, got {value!r}; register_grouping adds others"
         )
+
+
+def default_cluster_layer(grouping: str) -> int:
+    """After how many layers a method groups the tokens where nothing is set."""
+    from .reduction import GROUPINGS
+
+    return GROUPINGS[grouping].cluster_layer
 
 
 def resolve_num_groups(num_tokens: int, keep_ratio: float = 0.5, num_clusters: int | None = None) -> int:
@@ -101,24 +128,28 @@ class AdaptiveResolutionMixin:
     Checked on construction and again on every assignment, so `config.keep_ratio = 0.25` holds from the next forward.
 
     Args:
-        grouping: which method groups the tokens, a name in `GROUPINGS`: "density_peaks" (the paper's), "grid", or one
-            that `register_grouping` added.
-        cluster_layer: number of layers that run on all tokens before the tokens are grouped.
+        grouping: which method groups the tokens, a name in `GROUPINGS`: "region_merging", "density_peaks" (the
+            paper's), "grid", or one that `register_grouping` added.
+        cluster_layer: number of layers that run on all tokens before the tokens are grouped; None takes what the method
+            does best with, see `num_dense_layers`.
         keep_ratio: share of patch tokens kept, above 0 and at most 1; at 1 nothing is merged.
         num_clusters: exact number of tokens kept; wins over `keep_ratio`.
-        num_neighbors: k, how many nearest neighbours make a token's density.
-        neighborhood_size: lambda, how many grid positions around a token count as its neighbourhood.
-        spatial_alpha: weight of the feature distance alone, between 0 and 1; the rest grows with the neighbour's rank.
+        num_neighbors: of density peaks: k, how many nearest neighbours make a token's density.
+        neighborhood_size: of density peaks: lambda, how many grid positions around a token count as its neighbourhood.
+        spatial_alpha: of density peaks: weight of the feature distance alone, between 0 and 1; the rest grows with the
+            neighbour's rank.
         unfold: how the grid comes back: "copy" gives each token its group's output, "residual" adds what made the token
             differ from its group when they were merged.
         tail_layers: number of last layers that run on all tokens again.
+        places: for merging more than once, pairs (layer, share of all tokens kept from there on); layers are counted as
+            in `cluster_layer`. Wins over `cluster_layer`, `keep_ratio` and `num_clusters`, except that `keep_ratio=1`
+            merges nothing. Only for a method that can merge what is merged, such as "region_merging".
+        grouping_features: what groups are made by: the tokens as they are ("raw"), or what the next layer's attention
+            is about to see of them, its LayerNorm ("norm"); None takes what the method does best with.
     """
 
-    # Settings that say exactly what `keep_ratio` says roughly: a ratio that is given later takes their place.
-    exact: ClassVar[tuple[str, ...]] = ("num_clusters",)
-
-    grouping: str = validated_field(_known_grouping, default="density_peaks")
-    cluster_layer: int = validated_field(at_least(0), default=2)
+    grouping: str = validated_field(_known_grouping, default="region_merging")
+    cluster_layer: int | None = validated_field(at_least(0), default=None)
     keep_ratio: float | int = validated_field(in_unit_interval(include_zero=False), default=0.5)
     num_clusters: int | None = validated_field(at_least(1), default=None)
     num_neighbors: int = validated_field(at_least(1), default=1)
@@ -126,25 +157,59 @@ class AdaptiveResolutionMixin:
     spatial_alpha: float | int = validated_field(in_unit_interval(include_zero=True), default=0.9)
     unfold: str = validated_field(one_of("residual", "copy"), default="residual")
     tail_layers: int = validated_field(at_least(0), default=0)
+    places: list[Any] | tuple[Any, ...] | None = validated_field(_places, default=None)  # noqa: RUF009
+    grouping_features: str | None = validated_field(one_of("raw", "norm", None), default=None)
+
+    @property
+    def num_dense_layers(self) -> int:
+        """Number of layers that run on all tokens before the first merge."""
+        if self.places is not None:
+            first: int = self.places[0][0]
+            return first
+        if self.cluster_layer is not None:
+            return self.cluster_layer
+        return default_cluster_layer(self.grouping)
 
     def merged_layers(self, num_hidden_layers: int) -> range:
         """Indices of the layers that run on merged tokens.
 
         Raises:
-            ValueError: no layer is left between `cluster_layer` and `tail_layers`.
+            ValueError: no layer is left between `cluster_layer` and `tail_layers`, or `places` has one beyond.
         """
         last = num_hidden_layers - self.tail_layers - 1
-        if self.cluster_layer > last:
+        if self.places is not None:
+            if self.places[-1][0] > last:
+                raise ValueError(
+                    f"places must be at most layer {last} with num_hidden_layers={num_hidden_layers} and tail_layers="
+                    f"{self.tail_layers}, got {self.places}"
+                )
+            return range(self.num_dense_layers, last + 1)
+        if self.num_dense_layers > last:
             raise ValueError(
                 f"cluster_layer must leave a layer to run on merged tokens: with num_hidden_layers="
                 f"{num_hidden_layers} and tail_layers={self.tail_layers} it must be at most {last}, "
-                f"got {self.cluster_layer}"
+                f"got {self.num_dense_layers}"
             )
-        return range(self.cluster_layer, last + 1)
+        return range(self.num_dense_layers, last + 1)
 
-    def num_groups(self, num_tokens: int) -> int:
-        """Number of groups for this many patch tokens, see `resolve_num_groups`."""
-        return resolve_num_groups(num_tokens, self.keep_ratio, self.num_clusters)
+    def num_groups(self, num_tokens: int, layer: int | None = None) -> int:
+        """Number of groups for this many patch tokens, see `resolve_num_groups`.
+
+        Args:
+            num_tokens: of the whole grid.
+            layer: the one that is about to run, where `places` has several; None means the last.
+        """
+        if self.places is None or self.keep_ratio == 1:
+            return resolve_num_groups(num_tokens, self.keep_ratio, self.num_clusters)
+        reached = [ratio for place, ratio in self.places if layer is None or place <= layer]
+        return resolve_num_groups(num_tokens, reached[-1])
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As that of transformers' configurations. What is given takes the place of what is stored and would win over
+        it, and a dictionary from before there was a choice of method keeps what it meant."""
+        stored = as_stored({name: value for name, value in config_dict.items() if name not in replaced_by(kwargs)})
+        return super().from_dict(stored, **kwargs)
 
     def current(self, call: Mapping[str, Any] = MappingProxyType({})) -> Self:
         """The settings of a forward that begins here.
@@ -178,8 +243,7 @@ class StageResolutionMixin(AdaptiveResolutionMixin):
             `keep_ratio=1` merges nothing anywhere.
     """
 
-    exact: ClassVar[tuple[str, ...]] = ("num_clusters", "stage_keep_ratios")
-
+    places: None = validated_field(_no_places, default=None)
     stage_keep_ratios: list[float | int] | tuple[float | int, ...] | None = validated_field(  # noqa: RUF009
         _ratios, default=None
     )
@@ -202,13 +266,13 @@ class StageResolutionMixin(AdaptiveResolutionMixin):
         if self.ratios(len(depths))[stage] == 1:
             return range(0)
         last = depths[stage] - self.tail_layers - 1
-        if self.cluster_layer > last:
+        if self.num_dense_layers > last:
             raise ValueError(
                 f"cluster_layer must leave a block to run on merged tokens in stage {stage + 1}: with depths="
                 f"{tuple(depths)} and tail_layers={self.tail_layers} it must be at most {last}, got "
-                f"{self.cluster_layer}; lower it, or keep that stage dense with stage_keep_ratios"
+                f"{self.num_dense_layers}; lower it, or keep that stage dense with stage_keep_ratios"
             )
-        return range(self.cluster_layer, last + 1)
+        return range(self.num_dense_layers, last + 1)
 
 
 @strict
@@ -223,6 +287,12 @@ class StageResolutionSettings(StageResolutionMixin):
     """The settings of a hierarchical model by themselves."""
 
 
+# What must yield to a setting that is given later: it says more exactly how many tokens to keep, or where.
+_REPLACED = {
+    "keep_ratio": ("num_clusters", "places", "stage_keep_ratios"),
+    "num_clusters": ("places",),
+    "cluster_layer": ("places",),
+}
 # What a context may hold beside settings: inputs that some methods take, see `ReductionContext`.
 HINTS = ("protect", "importance", "seed")
 _NAMES = {
@@ -279,11 +349,16 @@ def override(owner: object, overrides: Overrides) -> Iterator[None]:
         _TRACED.overrides = traced
 
 
+def replaced_by(given: Overrides) -> list[str]:
+    """Names of the settings that would win over those given, and so must yield to them."""
+    names = [name for key, losers in _REPLACED.items() if given.get(key) is not None for name in losers]
+    return [name for name in names if name not in given]
+
+
 def combine(outer: Overrides, inner: Overrides) -> Overrides:
     """Overrides under others: a ratio from inside takes the place of exact numbers from outside."""
-    if "keep_ratio" in inner:
-        outer = {name: value for name, value in outer.items() if name not in StageResolutionMixin.exact}
-    return {**outer, **inner}
+    replaced = replaced_by(inner)
+    return {**{name: value for name, value in outer.items() if name not in replaced}, **inner}
 
 
 def with_overrides(settings: Settings, overrides: Overrides) -> Settings:
@@ -295,10 +370,14 @@ def with_overrides(settings: Settings, overrides: Overrides) -> Settings:
     changed = {name: value for name, value in overrides.items() if name not in HINTS}
     if not changed:
         return settings
-    values = {name: getattr(settings, name) for name in names_of(settings)}
-    if "keep_ratio" in changed:
-        values |= dict.fromkeys(settings.exact)
+    replaced = replaced_by(changed)
+    values = {name: None if name in replaced else getattr(settings, name) for name in names_of(settings)}
     return make_settings({**values, **changed}, _mixin_of(settings))  # type: ignore[return-value]
+
+
+def as_stored(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a file has them, with what they meant when there was one method: all later ones name theirs."""
+    return dict(values) if "grouping" in values else {"grouping": "density_peaks", **values}
 
 
 def make_settings(

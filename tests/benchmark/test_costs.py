@@ -25,7 +25,7 @@ def test_dense_flops_follow_the_formula():
 
 
 def test_merged_flops_follow_the_formula():
-    model = tiny_model(AiluRusModel, keep_ratio=0.25)
+    model = tiny_model(AiluRusModel, keep_ratio=0.25, grouping="density_peaks")
     patches, distances = 2 * 36 * 3 * 8 * 8 * 32, 3 * 25 * 36 * 32
     everywhere = 2 * 36 * 9 * 32  # every token against every representative
     expected = patches + 2 * layer_flops(37) + 2 * layer_flops(10) + distances + everywhere
@@ -61,9 +61,9 @@ def lora(model, rank=4):
 
 @PEFT_READS_AN_OLD_NAME
 def test_layers_that_peft_adds_are_counted():
-    model = tiny_model(AiluRusModel, keep_ratio=0.25)
+    model = tiny_model(AiluRusModel, keep_ratio=0.25, cluster_layer=2)
     plain = count_flops(model, 48, 48)
-    wrapped = lora(tiny_model(AiluRusModel, keep_ratio=0.25))
+    wrapped = lora(tiny_model(AiluRusModel, keep_ratio=0.25, cluster_layer=2))
     added = 2 * 2 * (2 * 32 * 4)  # two projections, each by way of 4 numbers, for a token
     assert count_flops(wrapped, 48, 48) == plain + added * (2 * 37 + 2 * 10)
     assert count_flops(wrapped, 48, 48, keep_ratio=1) == count_flops(model, 48, 48, keep_ratio=1) + added * 4 * 37

@@ -27,7 +27,7 @@ def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
 
 def test_loads_with_settings(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = load_model(folder, keep_ratio=0.25, cluster_layer=None, dtype=torch.float16)
-    assert (model.config.keep_ratio, model.config.cluster_layer, model.dtype) == (0.25, 2, torch.float16)
+    assert (model.config.keep_ratio, model.config.cluster_layer, model.dtype) == (0.25, None, torch.float16)
     assert not model.training
     assert capfd.readouterr().err == ""
 

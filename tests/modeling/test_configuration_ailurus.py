@@ -87,8 +87,9 @@ def test_round_trip_keeps_every_field(tmp_path):
 
 def test_the_settings_and_their_defaults():
     defaults = {
-        "grouping": "density_peaks", "cluster_layer": 2, "keep_ratio": 0.5, "num_clusters": None, "num_neighbors": 1,
+        "grouping": "region_merging", "cluster_layer": None, "keep_ratio": 0.5, "num_clusters": None, "num_neighbors": 1,
         "neighborhood_size": 50, "spatial_alpha": 0.9, "unfold": "residual", "tail_layers": 0,
+        "places": None, "grouping_features": None,
     }  # fmt: skip
     assert [field.name for field in fields(AdaptiveResolutionMixin)] == list(defaults)
     config = AiluRusConfig()

@@ -310,7 +310,7 @@ def test_what_a_method_may_ask_for():
 
 
 def test_hints_that_a_method_does_not_heed_are_refused():
-    model = tiny_model(AiluRusModel)
+    model = tiny_model(AiluRusModel, grouping="density_peaks")
     message = "grouping 'density_peaks' does not heed 'protect'; those that do: region_merging"
     with with_budget(model, protect=torch.ones(2, 36, dtype=torch.bool)), pytest.raises(ValueError, match=message):
         model(random_images())

@@ -73,6 +73,7 @@ def _settings(checkpoint: SourceCheckpoint, row: Architecture) -> dict[str, Any]
     written = {name: value for name, value in checkpoint.description.items() if name not in _NOT_FIELDS}
     return {
         **written,
+        "grouping": config.grouping,
         "cluster_layer": config.cluster_layer,
         "num_labels": config.num_labels,
         "id2label": config.id2label,

@@ -36,7 +36,7 @@ from ..reading.files import state_dict_of
 from ..reading.python_config import parse_config, python_configs
 from ..reading.settings import Settings, config_of
 from ..reading.sources import choose_entry, license_of, read_json_beside, read_tensors
-from ..recipe import Evidence, Pictures, Plan, Recipe, Reference, Sign, SourceCheckpoint
+from ..recipe import Evidence, Pictures, Plan, Recipe, Reference, Sign, SourceCheckpoint, cluster_layer_of
 from ..references.pictures import Preprocessing
 from ..references.segformer import SegformerForward
 from ..rules import BATCH_NORM, PARAM, Drop, Flatten, Rename, Rule, SplitRows, fill, match, renames
@@ -213,7 +213,7 @@ def plan_segformer(checkpoint: SourceCheckpoint) -> Plan:
     pictures = _pictures(checkpoint, python, origin, config["num_channels"])
     # counted in each stage, so the shallowest decides
     tail = checkpoint.overrides.get("tail_layers", 0)
-    config["cluster_layer"] = max(0, min(2, min(config["depths"]) - 1 - tail))
+    config["cluster_layer"] = cluster_layer_of(min(config["depths"]) - tail, checkpoint.overrides)
     return Plan(
         config=config,
         rules=rules,
