@@ -240,8 +240,9 @@ class AiluRusModel(AiluRusPreTrainedModel):
         previous = hidden_states
         for index, layer in enumerate(self.layers):
             if index in places:
-                reduction = self._reduce(index, hidden_states, previous, grid, settings, reduction) or reduction
-                hidden_states = hidden_states if reduction is None else reduction.tokens
+                reduced = self._reduce(index, hidden_states, previous, grid, settings, reduction)
+                if reduced is not None:
+                    reduction, hidden_states = reduced, reduced.tokens
             active = reduction if index in merged_layers else None
             previous = hidden_states
             hidden_states, weights = layer(hidden_states, None if active is None else active.log_sizes)

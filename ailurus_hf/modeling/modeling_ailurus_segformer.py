@@ -270,8 +270,9 @@ class AiluRusSegformerStage(nn.Module):
         previous = tokens
         for index, block in enumerate(self.blocks):
             if index in places:
-                reduction = self._reduce(index, tokens, previous, grid, settings, reduction) or reduction
-                tokens = tokens if reduction is None else reduction.tokens
+                reduced = self._reduce(index, tokens, previous, grid, settings, reduction)
+                if reduced is not None:
+                    reduction, tokens = reduced, reduced.tokens
             previous = tokens
             if reduction is not None and index in merged_blocks:
                 tokens, weights = block(

@@ -243,7 +243,7 @@ class StageResolutionMixin(AdaptiveResolutionMixin):
             `keep_ratio=1` merges nothing anywhere.
     """
 
-    places: None = validated_field(_no_places, default=None)
+    places: Any = validated_field(_no_places, default=None)  # noqa: RUF009
     stage_keep_ratios: list[float | int] | tuple[float | int, ...] | None = validated_field(  # noqa: RUF009
         _ratios, default=None
     )

@@ -60,8 +60,8 @@ def freeze_layers(model: nn.Module, count: int) -> None:
     """Stop training the embeddings and the first `count` encoder layers, and what stands between these; 0 trains all.
 
     Nothing is computed for them in the backward pass, which saves the most where the first layers run on all tokens and
-    the others on merged ones: with `count = config.num_dense_layers` the backward pass ends where the tokens were merged.
-    Of several encoders those with fewer layers are frozen up to their last one.
+    the others on merged ones: with `count = config.num_dense_layers` the backward pass ends where they were merged. Of
+    several encoders those with fewer layers are frozen up to their last one.
 
     Args:
         model: as in `layerwise_parameter_groups`.

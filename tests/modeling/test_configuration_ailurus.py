@@ -3,14 +3,27 @@ import json
 import math
 import pickle
 import re
+import shutil
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModelForSemanticSegmentation, UperNetConfig, ViTConfig, ViTModel
 
-from ailurus_hf import AiluRusConfig
+import ailurus_hf
+from ailurus_hf import (
+    AiluRusConfig,
+    AiluRusForSemanticSegmentation,
+    AiluRusSegformerConfig,
+    apply_ailurus,
+    remove_ailurus,
+)
 from ailurus_hf.modeling.settings import AdaptiveResolutionMixin
-from tests.factories import tiny_config
+from tests.factories import random_images, tiny_config, tiny_segformer_config
+
+DEMO = Path(ailurus_hf.__file__).parent / "demo" / "checkpoint"
 
 BAD_SETTINGS = [
     ({"keep_ratio": 0}, "above 0 and at most 1, got 0"),
@@ -87,13 +100,56 @@ def test_round_trip_keeps_every_field(tmp_path):
 
 def test_the_settings_and_their_defaults():
     defaults = {
-        "grouping": "region_merging", "cluster_layer": None, "keep_ratio": 0.5, "num_clusters": None, "num_neighbors": 1,
-        "neighborhood_size": 50, "spatial_alpha": 0.9, "unfold": "residual", "tail_layers": 0,
+        "grouping": "region_merging", "cluster_layer": None, "keep_ratio": 0.5, "num_clusters": None,
+        "num_neighbors": 1, "neighborhood_size": 50, "spatial_alpha": 0.9, "unfold": "residual", "tail_layers": 0,
         "places": None, "grouping_features": None,
     }  # fmt: skip
     assert [field.name for field in fields(AdaptiveResolutionMixin)] == list(defaults)
     config = AiluRusConfig()
     assert {name: getattr(config, name) for name in defaults} == defaults
+
+
+def test_files_from_before_there_was_a_choice_keep_density_peaks(tmp_path):
+    """The demo checkpoint as it was shipped then: no `grouping`, two dense layers."""
+    shutil.copytree(DEMO, tmp_path, dirs_exist_ok=True)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored.pop("grouping") == "region_merging"
+    images = random_images(1, 64, 128)
+    explicit = AiluRusForSemanticSegmentation.from_pretrained(DEMO, grouping="density_peaks", cluster_layer=2).eval()
+    for cluster_layer in ({"cluster_layer": 2}, {}):
+        old = {name: value for name, value in stored.items() if name != "cluster_layer"} | cluster_layer
+        (tmp_path / "config.json").write_text(json.dumps(old))
+        model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path).eval()
+        assert (model.config.grouping, model.config.num_dense_layers) == ("density_peaks", 2)
+        assert torch.equal(model(images).logits, explicit(images).logits)
+        assert AiluRusConfig.from_pretrained(tmp_path, grouping="grid").grouping == "grid"
+        model.save_pretrained(tmp_path / "again")
+        assert AiluRusConfig.from_pretrained(tmp_path / "again").grouping == "density_peaks"
+    backbone = {**tiny_config().to_dict(), "cluster_layer": 2}
+    del backbone["grouping"]
+    assert UperNetConfig(backbone_config=backbone).backbone_config.grouping == "density_peaks"
+    hierarchical = tiny_segformer_config().to_dict()
+    del hierarchical["grouping"]
+    assert AiluRusSegformerConfig.from_dict(hierarchical).grouping == "density_peaks"
+    vit = ViTModel(ViTConfig(hidden_size=32, num_attention_heads=4, intermediate_size=64, num_hidden_layers=4))
+    vit.config.ailurus = {"keep_ratio": 0.25}
+    apply_ailurus(vit)
+    assert vit.config.ailurus["grouping"] == "density_peaks"
+    assert apply_ailurus(remove_ailurus(vit)).config.ailurus["grouping"] == "region_merging"
+
+
+def test_new_files_name_their_method(tmp_path):
+    AiluRusConfig().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["grouping"] == "region_merging"
+    assert AiluRusConfig.from_pretrained(tmp_path).num_dense_layers == 1
+
+
+def test_what_is_given_to_from_pretrained_takes_the_place_of_what_is_stored(tmp_path):
+    tiny_config(num_clusters=10, places=[[1, 0.5]]).save_pretrained(tmp_path)
+    loaded = AiluRusConfig.from_pretrained(tmp_path, keep_ratio=0.25)
+    assert (loaded.num_clusters, loaded.places, loaded.num_groups(36)) == (None, None, 9)
+    loaded = AiluRusConfig.from_pretrained(tmp_path, num_clusters=4)
+    assert (loaded.places, loaded.num_groups(36)) == (None, 4)
 
 
 @pytest.mark.parametrize(("size", "grid"), [((48, 48), (6, 6)), ((49, 8), (7, 1)), ((1, 17), (1, 3))])

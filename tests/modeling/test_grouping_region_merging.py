@@ -15,6 +15,7 @@ from ailurus_hf.modeling.grouping_region_merging import (
     num_regions_after_rounds,
     project,
 )
+from ailurus_hf.modeling.token_groups import group_tokens, unfold_tokens
 from tests.factories import random_images, tiny_model
 from tests.reference import region_merging as reference
 
@@ -66,6 +67,32 @@ def test_protected_tokens_stay_by_themselves(num_groups):
         protected = set(protect[image].nonzero().flatten().tolist())
         expected = reference.merge_regions(tokens[image].numpy(), grid, counts, protected)
         assert by_first_member(found[image]) == expected
+
+
+@pytest.mark.parametrize("protecting", [False, True])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_groups_grow_on(grid, protecting):
+    num_tokens = math.prod(grid)
+    protect = torch.zeros(1, num_tokens, dtype=torch.bool)
+    protect[0, [0, -1]] = protecting
+    hint = protect if protecting else None
+    first = group_tokens(*swap(merge_regions(whole_numbers(grid, 5), grid, num_tokens // 2, protect=hint)))
+    again = whole_numbers((num_tokens // 2,), 5, seed=1)
+    spread = unfold_tokens(again, first)
+    for num_groups in {max(num_tokens // share, 3) for share in (2, 3, 6)}:
+        found, representatives = merge_regions(again, grid, num_groups, protect=hint, merged=first)
+        counts = num_regions_after_rounds(num_tokens // 2, num_groups, protecting)
+        protected = set(protect[0].nonzero().flatten().tolist())
+        begun = by_first_member(first.assignment[0])
+        assert by_first_member(found[0]) == reference.merge_regions(spread[0].numpy(), grid, counts, protected, begun)
+        assert torch.equal(found[0][representatives[0]], torch.arange(num_groups))
+        assert set(representatives[0].tolist()) <= set(first.representatives[0].tolist())
+
+
+def swap(result):
+    """Arguments of `group_tokens` from what a grouping gives."""
+    assignment, representatives = result
+    return assignment, representatives.shape[1], representatives
 
 
 @given(height=st.integers(1, 8), width=st.integers(1, 8), share=st.floats(0, 1), seed=st.integers(0, 3))

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
@@ -15,6 +16,7 @@ from ailurus_hf.modeling.reduction import (
     Grouping,
     Reduction,
     ReductionContext,
+    features,
     reduce,
     reduce_sequence,
     reduce_to_groups,
@@ -23,9 +25,10 @@ from ailurus_hf.modeling.reduction import (
 )
 from ailurus_hf.modeling.settings import AdaptiveResolutionSettings
 from ailurus_hf.modeling.token_groups import group_tokens, unfold_tokens
-from tests.factories import random_images, tiny_config, tiny_model, tiny_segformer
+from tests.factories import random_images, tiny_config, tiny_model, tiny_segformer, tiny_segformer_config
 
-GRIDS = [(6, 8), (7, 13), (1, 5), (3, 4, 5)]
+GRID = (6, 8)
+GRIDS = [GRID, (7, 13), (1, 5), (3, 4, 5)]
 
 
 def tokens_on(grid, batch_size=2, hidden_size=8, seed=0):
@@ -237,6 +240,115 @@ def test_a_method_may_merge_in_several_places():
             random_images(2, 64, 64)
         )
         assert stages.last_hidden_state.shape == (2, 64, 2, 2)
+
+
+TWICE = [[1, 0.5], [3, 0.25]]
+
+
+def test_what_is_merged_merges_again():
+    lengths = []
+
+    def note(layer, args):
+        lengths.append(args[0].shape[1])
+
+    model, images = tiny_model(AiluRusModel, places=TWICE), random_images()
+    handles = [layer.register_forward_pre_hook(note) for layer in model.layers]
+    output = model(images, output_hidden_states=True)
+    assert lengths == [37, 19, 19, 10]
+    assert {states.shape[1] for states in output.hidden_states} == {37}
+    assert output.group_sizes.shape == (2, 9)
+    assert torch.equal(output.group_sizes, torch.stack([row.bincount() for row in output.assignment]))
+    for handle in handles:
+        handle.remove()
+    # Nothing further to merge at the second place, and what is given later.
+    with with_budget(model, keep_ratio=0.5, cluster_layer=1):
+        once = model(images).last_hidden_state
+    with with_budget(model, places=[[1, 0.5], [3, 0.5]]):
+        assert torch.equal(model(images).last_hidden_state, once)
+    assert torch.equal(model(images, keep_ratio=0.5).last_hidden_state, once)
+    assert torch.equal(model(images, num_clusters=18).last_hidden_state, once)
+    with with_budget(model, places=TWICE), with_budget(model, keep_ratio=1):
+        plain = model(images).last_hidden_state
+    model.config.keep_ratio = 1.0
+    assert torch.equal(model(images).last_hidden_state, plain)
+
+
+def test_the_second_merge_is_that_of_the_grid_it_stands_for():
+    tokens, settings = tokens_on(GRID), AdaptiveResolutionSettings(places=TWICE)
+    first = reduce(tokens, GRID, 20, settings)
+    later = first.tokens + torch.randn_like(first.tokens)
+    second = reduce(later, GRID, 10, settings, ReductionContext(reduction=first))
+    full = first.restore(later)
+    for group in range(10):
+        members = second.groups.assignment[0] == group
+        torch.testing.assert_close(second.tokens[0, group], full[0, members].mean(0))
+        inside = first.groups.assignment[0][members].unique()
+        assert torch.isin(first.groups.assignment[0], inside).equal(members)  # whole groups
+    torch.testing.assert_close(second.restore(second.tokens), full)
+    torch.testing.assert_close(second.log_sizes.exp().sum(1), torch.full((2,), float(math.prod(GRID))))
+
+
+def test_adapted_models_merge_again():
+    native = native_vit()
+    own = tiny_model(AiluRusModel, places=TWICE, use_cls_token=True)
+    lengths = []
+    apply_ailurus(native, places=TWICE)
+    for layer in native.layers:
+        layer.register_forward_pre_hook(lambda layer, args: lengths.append(args[0].shape[1]))
+    states = native(random_images(), output_hidden_states=True).hidden_states
+    assert lengths == [37, 19, 19, 10]
+    assert {state.shape for state in states} == {own(random_images()).last_hidden_state.shape}
+    apply_ailurus(native, keep_ratio=0.5)
+    assert native.config.ailurus["places"] is None
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ([[3, 0.5], [1, 0.25]], "each above the one before"),
+        ([[1, 0.25], [3, 0.5]], "shares that fall"),
+        ([[1, 0.5, 3]], "pairs"),
+        ([], "pairs"),
+        ([1, 0.5], "pairs"),
+        ([[1, 0]], "above 0 and at most 1"),
+        ([[1, 0.5], [4, 0.25]], "at most layer 3"),
+    ],
+)
+def test_bad_places(places, message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        tiny_config(places=places)
+    with pytest.raises(ValueError, match=message):
+        apply_ailurus(native_vit(), places=places)
+
+
+def test_places_need_a_method_that_can():
+    model = tiny_model(AiluRusModel, places=TWICE, grouping="density_peaks")
+    with pytest.raises(ValueError, match="can merge what is merged, 'region_merging'; got 'density_peaks'"):
+        model(random_images())
+    with pytest.raises(StrictDataclassError, match="use stage_keep_ratios"):
+        tiny_segformer_config(places=TWICE)
+
+
+def test_features_may_be_chosen():
+    images, seen = random_images(), []
+
+    def spy(tokens, grid, num_groups, settings, context):
+        seen.append((tokens, features(tokens, settings, context)))
+        return GROUPINGS["grid"].assign(tokens, grid, num_groups, settings, context)
+
+    with registered("spy", spy):
+        model = tiny_model(AiluRusModel, grouping="spy")
+        calls = []
+        norm = model.layers[2].layernorm_before
+        norm.register_forward_hook(lambda *_: calls.append(1))
+        for choice in (None, "raw", "norm"):
+            model(images, grouping_features=choice)
+        assert len(calls) == 3  # of the layer itself only
+    assert all(tokens is chosen for tokens, chosen in seen[:2])
+    assert torch.equal(seen[2][1], norm(seen[2][0]))
+    with pytest.raises(ValueError, match="needs 'norm'"):
+        reduce(tokens_on(GRID), GRID, 10, AdaptiveResolutionSettings(grouping_features="norm"))
+    assert reduce(tokens_on(GRID), GRID, 10, AdaptiveResolutionSettings(grouping="region_merging")) is not None
 
 
 class Scorer(nn.Module):

@@ -20,12 +20,13 @@ def edges_of(grid):
     return found
 
 
-def merge_regions(features, grid, counts, protected=()):
+def merge_regions(features, grid, counts, protected=(), label=None):
     """Groups (sets of tokens, by their first) after contracting to each of the counts in turn.
 
-    `features` is (N, D) float64, of whole numbers, so that no sum depends on its order.
+    `features` is (N, D) float64, of whole numbers, so that no sum depends on its order. `label` is the group, by its
+    first token, that each token is in at the beginning; by default its own.
     """
-    edges, label = edges_of(grid), list(range(len(features)))
+    edges, label = edges_of(grid), list(range(len(features))) if label is None else label
     for count in counts:
         members = {region: [i for i, own in enumerate(label) if own == region] for region in set(label)}
         means = {region: features[tokens].sum(0) / len(tokens) for region, tokens in members.items()}
