@@ -15,7 +15,6 @@ from torch import nn
 from .adapters.controller import controllers_of
 from .modeling.settings import (
     HINTS,
-    AdaptiveResolutionMixin,
     make_settings,
     override,
     overrides_of,
@@ -38,17 +37,16 @@ class _Owner:
     config: Any
     adapted: bool
 
-    def stored(self) -> AdaptiveResolutionMixin:
+    def stored(self) -> Any:
         """The settings as they stand in the configuration."""
-        settings: AdaptiveResolutionMixin = make_settings(self.config.ailurus) if self.adapted else self.config
-        return settings
+        return make_settings(self.config.ailurus) if self.adapted else self.config
 
-    def current(self) -> AdaptiveResolutionMixin:
+    def current(self) -> Any:
         """The settings that a forward would use that began here."""
         return with_overrides(self.stored(), overrides_of(self.config)) if self.adapted else self.config.current()
 
     def knows(self, name: str) -> bool:
-        return name in HINTS or hasattr(self.stored(), name)
+        return hasattr(self.stored(), "keep_ratio" if name in HINTS else name)
 
     def overridden(self, overrides: dict[str, Any]) -> Any:
         # An own model that brought its code has a module of settings of its own, which its configuration leads to.
@@ -80,9 +78,9 @@ def with_budget(model: nn.Module, **settings: Any) -> Iterator[None]:
     Args:
         model: the model.
         settings: any setting of adaptive resolution, such as `keep_ratio=0.25`, `num_clusters`, `stage_keep_ratios`,
-            `grouping`, `cluster_layer`; a `keep_ratio` takes the place of exact numbers and of `places` that the model
-            or an outer block has. Or what a method takes beside them, for the images of the block's forwards: `protect`
-            (batch_size, N) bool, `importance` (batch_size, N) float, `seed`.
+            `grouping`, `cluster_layer`, or of LookupViT `compressed_size`; a `keep_ratio` takes the place of exact
+            numbers and of `places` that the model or an outer block has. Or what a method takes beside them, for the
+            images of the block's forwards: `protect` (batch_size, N) bool, `importance` (batch_size, N) float, `seed`.
 
     Raises:
         TypeError: the model merges no tokens, or none of its encoders has such a setting.
@@ -103,9 +101,9 @@ def keep_ratio_of(model: nn.Module) -> float:
     """The share of tokens that the model keeps here; of several encoders, the first one's.
 
     Raises:
-        TypeError: the model merges no tokens.
+        TypeError: the model merges no tokens, or its budget is no share of them.
     """
-    return float(_merging(model)[0].current().keep_ratio)
+    return float(_with_ratio(model)[0].current().keep_ratio)
 
 
 def set_keep_ratio(model: nn.Module, keep_ratio: float) -> None:
@@ -117,12 +115,12 @@ def set_keep_ratio(model: nn.Module, keep_ratio: float) -> None:
         keep_ratio: above 0 and at most 1.
 
     Raises:
-        TypeError: the model merges no tokens.
+        TypeError: the model merges no tokens, or its budget is no share of them.
         ValueError: the ratio is out of range.
     """
     make_settings({"keep_ratio": keep_ratio})  # before anything is written
     change = {"keep_ratio": keep_ratio}
-    for owner in _merging(model):
+    for owner in _with_ratio(model):
         owner.store({**dict.fromkeys(replaced_by(change)), **change})
 
 
@@ -141,4 +139,13 @@ def _merging(model: nn.Module) -> list[_Owner]:
     raise TypeError(
         f"{type(model).__name__} merges no tokens, so it has no budget: load a model of this package, or call "
         "apply_ailurus(model)"
+    )
+
+
+def _with_ratio(model: nn.Module) -> list[_Owner]:
+    if owners := [owner for owner in _merging(model) if owner.knows("keep_ratio")]:
+        return owners
+    raise TypeError(
+        f"{type(model).__name__} has no keep_ratio: its budget is another setting, which model.config and with_budget "
+        "take, such as compressed_size of LookupViT"
     )

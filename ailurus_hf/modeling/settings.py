@@ -1,8 +1,7 @@
-"""The settings of adaptive resolution: declared once, and what holds for one call or one context in their place.
+"""The settings of the methods: declared once, and what holds for one call or one context in their place.
 
-A configuration owns its settings and nothing here ever writes to it. `AdaptiveResolutionMixin.current` gives the
-settings of a forward: those of the configuration, under those of the contexts around it (`overridden`), under those of
-the call.
+A configuration owns its settings and nothing here ever writes to it. `SettingsMixin.current` gives the settings of a
+forward: those of the configuration, under those of the contexts around it (`overridden`), under those of the call.
 """
 
 import difflib
@@ -14,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from huggingface_hub.dataclasses import strict, validated_field
@@ -122,10 +121,37 @@ def resolve_num_groups(num_tokens: int, keep_ratio: float = 0.5, num_clusters: i
 
 
 @dataclass(repr=False, eq=False)
-class AdaptiveResolutionMixin:
-    """The settings of adaptive resolution, the same in every model.
+class SettingsMixin:
+    """Settings that a forward reads, and what may hold in their place; the base of every family of settings below.
 
     Checked on construction and again on every assignment, so `config.keep_ratio = 0.25` holds from the next forward.
+    """
+
+    # What the settings are, for errors.
+    kind: ClassVar[str] = "settings"
+
+    def current(self, call: Mapping[str, Any] = MappingProxyType({})) -> Self:
+        """The settings of a forward that begins here.
+
+        Args:
+            call: keyword arguments of the call: settings among them hold, None leaves one as it is.
+
+        Raises:
+            ValueError: a setting is out of range or of the wrong type.
+        """
+        given = {name: call[name] for name in names_of(self) if call.get(name) is not None}
+        return with_overrides(self, combine(overrides_of(self), given))
+
+    @contextmanager
+    def overridden(self, **overrides: Any) -> Iterator[None]:
+        """Within the block forwards of this thread or task use these settings in place of their own."""
+        with override(self, overrides):
+            yield
+
+
+@dataclass(repr=False, eq=False)
+class AdaptiveResolutionMixin(SettingsMixin):
+    """The settings of adaptive resolution, the same in every model.
 
     Args:
         grouping: which method groups the tokens, a name in `GROUPINGS`: "region_merging", "density_peaks" (the
@@ -147,6 +173,8 @@ class AdaptiveResolutionMixin:
         grouping_features: what groups are made by: the tokens as they are ("raw"), or what the next layer's attention
             is about to see of them, its LayerNorm ("norm"); None takes what the method does best with.
     """
+
+    kind: ClassVar[str] = "settings of adaptive resolution"
 
     grouping: str = validated_field(_known_grouping, default="region_merging")
     cluster_layer: int | None = validated_field(at_least(0), default=None)
@@ -211,24 +239,6 @@ class AdaptiveResolutionMixin:
         stored = as_stored({name: value for name, value in config_dict.items() if name not in replaced_by(kwargs)})
         return super().from_dict(stored, **kwargs)
 
-    def current(self, call: Mapping[str, Any] = MappingProxyType({})) -> Self:
-        """The settings of a forward that begins here.
-
-        Args:
-            call: keyword arguments of the call: settings among them hold, None leaves one as it is.
-
-        Raises:
-            ValueError: a setting is out of range or of the wrong type.
-        """
-        given = {name: call[name] for name in names_of(self) if call.get(name) is not None}
-        return with_overrides(self, combine(overrides_of(self), given))
-
-    @contextmanager
-    def overridden(self, **overrides: Any) -> Iterator[None]:
-        """Within the block forwards of this thread or task use these settings in place of their own."""
-        with override(self, overrides):
-            yield
-
 
 @dataclass(repr=False, eq=False)
 class StageResolutionMixin(AdaptiveResolutionMixin):
@@ -275,6 +285,18 @@ class StageResolutionMixin(AdaptiveResolutionMixin):
         return range(self.num_dense_layers, last + 1)
 
 
+@dataclass(repr=False, eq=False)
+class CompressedSizeMixin(SettingsMixin):
+    """The budget of LookupViT: how many compressed tokens the heavy work runs on.
+
+    Args:
+        compressed_size: grid of the compressed tokens: (rows, columns), of video (frames, rows, columns), or one
+            number for every axis; at most the grid of the image's patches.
+    """
+
+    compressed_size: int | list[int] | tuple[int, ...] = validated_field(positive, default=(7, 7))  # noqa: RUF009
+
+
 @strict
 @dataclass
 class AdaptiveResolutionSettings(AdaptiveResolutionMixin):
@@ -287,6 +309,12 @@ class StageResolutionSettings(StageResolutionMixin):
     """The settings of a hierarchical model by themselves."""
 
 
+@strict
+@dataclass
+class CompressedSizeSettings(CompressedSizeMixin):
+    """The budget of LookupViT by itself."""
+
+
 # What must yield to a setting that is given later: it says more exactly how many tokens to keep, or where.
 _REPLACED = {
     "keep_ratio": ("num_clusters", "places", "stage_keep_ratios"),
@@ -295,13 +323,15 @@ _REPLACED = {
 }
 # What a context may hold beside settings: inputs that some methods take, see `ReductionContext`.
 HINTS = ("protect", "importance", "seed")
-_NAMES = {
-    mixin: tuple(field.name for field in fields(mixin)) for mixin in (AdaptiveResolutionMixin, StageResolutionMixin)
+_CHECKED: dict[type[SettingsMixin], type[SettingsMixin]] = {  # of those a class inherits from, the first one is its own
+    StageResolutionMixin: StageResolutionSettings,
+    AdaptiveResolutionMixin: AdaptiveResolutionSettings,
+    CompressedSizeMixin: CompressedSizeSettings,
 }
-_CHECKED = {AdaptiveResolutionMixin: AdaptiveResolutionSettings, StageResolutionMixin: StageResolutionSettings}
+_NAMES = {mixin: tuple(field.name for field in fields(mixin)) for mixin in _CHECKED}
 
 Overrides = Mapping[str, Any]
-Settings = TypeVar("Settings", bound=AdaptiveResolutionMixin)
+Settings = TypeVar("Settings", bound=SettingsMixin)
 
 # id of the object that owns the settings -> what holds in their place. A context variable, so that threads and tasks
 # have their own; torch.compile cannot trace those, but does trace thread-local attributes and guards on them for each
@@ -310,11 +340,11 @@ _OVERRIDES: ContextVar[Mapping[int, Overrides]] = ContextVar("ailurus_overrides"
 _TRACED = threading.local()
 
 
-def _mixin_of(settings: AdaptiveResolutionMixin) -> type[AdaptiveResolutionMixin]:
-    return StageResolutionMixin if isinstance(settings, StageResolutionMixin) else AdaptiveResolutionMixin
+def _mixin_of(settings: SettingsMixin) -> type[SettingsMixin]:
+    return next(mixin for mixin in _CHECKED if isinstance(settings, mixin))
 
 
-def names_of(settings: AdaptiveResolutionMixin) -> tuple[str, ...]:
+def names_of(settings: SettingsMixin) -> tuple[str, ...]:
     """Names of the settings that a configuration, or settings by themselves, have."""
     return _NAMES[_mixin_of(settings)]
 
@@ -372,7 +402,8 @@ def with_overrides(settings: Settings, overrides: Overrides) -> Settings:
         return settings
     replaced = replaced_by(changed)
     values = {name: None if name in replaced else getattr(settings, name) for name in names_of(settings)}
-    return make_settings({**values, **changed}, _mixin_of(settings))  # type: ignore[return-value]
+    result: Settings = make_settings({**values, **changed}, _mixin_of(settings))
+    return result
 
 
 def as_stored(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -380,9 +411,7 @@ def as_stored(values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(values) if "grouping" in values else {"grouping": "density_peaks", **values}
 
 
-def make_settings(
-    values: Mapping[str, Any], mixin: type[AdaptiveResolutionMixin] = AdaptiveResolutionMixin
-) -> AdaptiveResolutionMixin:
+def make_settings(values: Mapping[str, Any], mixin: type[SettingsMixin] = AdaptiveResolutionMixin) -> Any:
     """Settings from a plain dictionary.
 
     Raises:
@@ -393,4 +422,4 @@ def make_settings(
     try:
         return _CHECKED[mixin](**values)
     except (StrictDataclassError, TypeError) as error:
-        raise ValueError(f"settings of adaptive resolution: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{mixin.kind}: {' '.join(str(error).split())}") from None
