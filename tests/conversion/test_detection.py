@@ -264,7 +264,7 @@ class TestAilurus:
         tiny_model(AiluRusForSemanticSegmentation).save_pretrained("in")
         assert main(["convert", "auto", "in", "out", "--keep-ratio", "0.25", "--set", "tail_layers=1"]) == 0
         config = AiluRusConfig.from_pretrained("out")
-        assert (config.keep_ratio, config.tail_layers, config.cluster_layer) == (0.25, 1, 2)
+        assert (config.keep_ratio, config.tail_layers, config.cluster_layer) == (0.25, 1, None)
 
     def test_refusals(self, tmp_path: Path) -> None:
         tiny_model(AiluRusForSemanticSegmentation).save_pretrained(tmp_path / "in")

@@ -185,7 +185,8 @@ class TestSettings:
             "window_size": 32,
             "window_stride": 24,
             "num_labels": 5,
-            "cluster_layer": 2,
+            "grouping": "region_merging",
+            "cluster_layer": None,
             "keep_ratio": 0.5,
         }
         found = {name: getattr(config, name) for name in expected}
@@ -197,11 +198,22 @@ class TestSettings:
         variant = segmenter_variant("mask_transformer", width=128)
         assert converted(tmp_path, variant).config.decoder_num_attention_heads == 2
 
-    @pytest.mark.parametrize(("layers", "cluster_layer"), [(1, 0), (2, 1), (3, 2), (5, 2)])
-    def test_default_cluster_layer_fits_shallow_models(self, layers: int, cluster_layer: int, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("layers", "grouping", "cluster_layer"),
+        [
+            (1, "region_merging", 0),
+            (2, "region_merging", None),
+            (1, "density_peaks", 0),
+            (2, "density_peaks", 1),
+            (3, "density_peaks", None),
+        ],
+    )
+    def test_default_cluster_layer_fits_shallow_models(
+        self, layers: int, grouping: str, cluster_layer: int | None, tmp_path: Path
+    ) -> None:
         variant = segmenter_variant()
         variant["net_kwargs"]["n_layers"] = layers
-        assert converted(tmp_path, variant).config.cluster_layer == cluster_layer
+        assert converted(tmp_path, variant, grouping=grouping).config.cluster_layer == cluster_layer
 
     def test_users_settings_win(self, tmp_path: Path) -> None:
         names = {"0": "sky", "1": "road", "2": "car", "3": "tree", "4": "sign"}
@@ -213,7 +225,7 @@ class TestSettings:
         assert model.config.label2id["car"] == 2
 
     def test_tail_layers_lower_the_default_cluster_layer(self, tmp_path: Path) -> None:
-        assert converted(tmp_path, segmenter_variant(), tail_layers=1).config.cluster_layer == 1
+        assert converted(tmp_path, segmenter_variant(), tail_layers=2).config.cluster_layer == 0
 
     @pytest.mark.parametrize(
         ("distilled", "mean", "std"),
