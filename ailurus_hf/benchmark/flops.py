@@ -1,6 +1,7 @@
 """Counting floating-point operations without running the model."""
 
 import copy
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from ..modeling.settings import replaced_by
 from ..registry import architecture_of
 
-__all__ = ["count_flops"]
+__all__ = ["count_flops", "keep_ratio_at"]
 
 
 def count_flops(
@@ -53,6 +54,39 @@ def count_flops(
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         twin(pixel_values) if forward is None else forward(twin, pixel_values)
     return int(counter.get_total_flops()) + clustering
+
+
+def keep_ratio_at(model: PreTrainedModel, height: int, width: int, flop_ratio: float, **settings: Any) -> float:
+    """The share of tokens to keep for a forward that costs a given fraction of the dense one, clustering included: what
+    compares methods at equal cost.
+
+    Args:
+        model, height, width: as in `count_flops`.
+        flop_ratio: dense operations over merged ones, above 1.
+        settings: others that hold beside the ratio, such as `grouping="density_peaks"`.
+
+    Returns:
+        The largest such share of the image's tokens.
+
+    Raises:
+        ValueError: `flop_ratio` is out of range, or beyond reach: the layers that run on all tokens cost too much.
+    """
+    if not flop_ratio > 1:
+        raise ValueError(f"flop_ratio must be above 1, got {flop_ratio:g}; keep_ratio=1 is the dense model")
+    dense = count_flops(model, height, width, keep_ratio=1.0)
+    num_tokens = max(stage.num_tokens for stage in architecture_of(model.config).stages(model.config, height, width))
+
+    def fits(count: int) -> bool:
+        return dense >= flop_ratio * count_flops(model, height, width, keep_ratio=count / num_tokens, **settings)
+
+    # Cheap enough up to some number of tokens, and none above it.
+    most = bisect_left(range(1, num_tokens + 1), True, key=lambda count: not fits(count))
+    if most == 0:
+        raise ValueError(
+            f"flop_ratio={flop_ratio:g} is beyond reach with these settings, even a single token kept costs too much; "
+            "lower it, or merge after fewer layers (cluster_layer)"
+        )
+    return most / num_tokens
 
 
 def _twin(model: Any, settings: dict[str, Any]) -> tuple[Any, Any]:

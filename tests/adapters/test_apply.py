@@ -81,7 +81,8 @@ def test_merging_equals_running_on_duplicated_tokens(case, cluster_layer, tail_l
         if not tail_layers:
             hidden = torch.cat([hidden[:, :num_prefix], hidden[:, num_prefix:] + residual], dim=1)
         expected = model.layernorm(hidden) if case is VIT else model.norm(hidden)
-        apply_ailurus(model, cluster_layer, num_clusters=12, unfold=unfold, tail_layers=tail_layers)
+        settings = {"num_clusters": 12, "unfold": unfold, "tail_layers": tail_layers}
+        apply_ailurus(model, cluster_layer, grouping="density_peaks", **settings)
         actual = model(IMAGES).last_hidden_state
     assert_close({"": actual}, {"": expected})
 

@@ -135,8 +135,8 @@ def random_permutation(tokens: Tensor, *_: Any) -> Reduction:
 
 
 def every_member(tokens: Tensor, grid: Any, num_groups: int, settings: Any, context: Any) -> Reduction:
-    """Density peaks, but every member stays, with the mean of its group and the place of its representative."""
-    assignment, representatives = GROUPINGS["density_peaks"].assign(tokens, grid, num_groups, settings, context)
+    """Region merging, but every member stays, with the mean of its group and the place of its representative."""
+    assignment, representatives = GROUPINGS["region_merging"].assign(tokens, grid, num_groups, settings, context)
     groups = group_tokens(assignment, num_groups, representatives)
     merged = reduce_to_groups(tokens, groups, settings.unfold)
 
@@ -215,7 +215,7 @@ class FamilyTests:
         # In double precision, but for the logarithms of sizes: sums of other lengths round otherwise.
         inputs = in_dtype(case.inputs(2), torch.float64)
         merged = outputs(case.adapted().double(), inputs)
-        with registered("every member", Grouping(reduce=every_member)):
+        with registered("every member", Grouping(reduce=every_member, features="norm")):
             members = outputs(case.adapted(grouping="every member").double(), inputs)
         assert_close(members, merged, 1e-6)
 
