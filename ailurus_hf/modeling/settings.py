@@ -226,11 +226,11 @@ class CompressedSizeMixin(SettingsMixin):
     """The budget of LookupViT: how many compressed tokens the heavy work runs on.
 
     Args:
-        compressed_size: grid of the compressed tokens: (rows, columns), of video (frames, rows, columns), or one
-            number for every axis; at most the grid of the image's patches.
+        compressed_size: grid of the compressed tokens, (rows, columns), of video (frames, rows, columns); one number
+            is that on every axis, and at most all frames. At most the grid of the patches.
     """
 
-    compressed_size: int | list[int] | tuple[int, ...] = validated_field(positive, default=(7, 7))  # noqa: RUF009
+    compressed_size: int | list[int] | tuple[int, ...] = validated_field(positive, default=7)  # noqa: RUF009
 
 
 @strict
