@@ -103,6 +103,8 @@ def build_model_card(
         training=training,
         remote_code=remote_code,
         load_class=auto_class if remote_code else model_class,
+        budget=row.example,
+        citation=row.citation,
         repo=repo,
     )
 

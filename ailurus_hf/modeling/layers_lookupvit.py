@@ -17,8 +17,9 @@ def split_heads(states: Tensor, head_dim: int) -> Tensor:
 
 
 def attention_weights(logits: Tensor, dim: int, dropout: float, training: bool) -> Tensor:
-    """Softmax along one axis, in float32 whatever the dtype, with dropout while training."""
-    weights = logits.softmax(dim, dtype=torch.float32).to(logits.dtype)
+    """Softmax along one axis, in float32 where the dtype is of half precision, with dropout while training."""
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    weights = logits.softmax(dim, dtype=precise).to(logits.dtype)
     return F.dropout(weights, p=dropout, training=training)
 
 
