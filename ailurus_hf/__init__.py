@@ -8,6 +8,7 @@ from .registry import ARCHITECTURES  # after `import ailurus_hf`, transformers' 
 __version__ = "0.1.0"
 
 _PUBLIC = {  # name -> its module
+    "LookupViTVideoProcessor": "ailurus_hf.modeling.video_processing_lookupvit",
     "apply_ailurus": "ailurus_hf.adapters",
     "convert_checkpoint": "ailurus_hf.conversion",
     "remove_ailurus": "ailurus_hf.adapters",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from .modeling.modeling_lookupvit import LookupViTForVideoClassification as LookupViTForVideoClassification
     from .modeling.modeling_lookupvit import LookupViTModel as LookupViTModel
     from .modeling.reduction import register_grouping as register_grouping
+    from .modeling.video_processing_lookupvit import LookupViTVideoProcessor as LookupViTVideoProcessor
     from .unfolding import restore as restore
 
 

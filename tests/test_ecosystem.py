@@ -68,6 +68,7 @@ def test_public_names():
         "LookupViTForSemanticSegmentation",
         "LookupViTForVideoClassification",
         "LookupViTModel",
+        "LookupViTVideoProcessor",
         "apply_ailurus",
         "convert_checkpoint",
         "register_grouping",

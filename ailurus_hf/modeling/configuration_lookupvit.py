@@ -50,7 +50,8 @@ class LookupViTConfig(ClassColoursMixin, CompressedSizeMixin, BackboneConfigMixi
         pooling: what stands for the whole image: the mean of the "compressed" tokens, of the "lookup" tokens, or the
             sum of "both".
         apply_layernorm: whether the backbone's feature maps pass the final norm.
-        reshape_hidden_states: whether feature maps are (batch_size, hidden_size, height, width), or token sequences.
+        reshape_hidden_states: whether feature maps are (batch_size, hidden_size, height, width), or token sequences,
+            for heads such as DPT's: these expect a class token in front, in whose place stands the tokens' mean.
         semantic_loss_ignore_index: label value that the segmentation loss leaves out.
         binary_threshold: probability above which a pixel is foreground, class 1, in a segmentation model with
             `num_labels=1`; see `label_maps.py`.

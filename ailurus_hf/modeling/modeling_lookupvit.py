@@ -379,7 +379,7 @@ class LookupViTBackbone(BackboneMixin, LookupViTModel):
         **kwargs: Any,
     ) -> BackboneOutput:
         """Arguments as in `LookupViTModel`. Feature maps are (batch_size, hidden_size, rows, columns) on the patch
-        grid, or (batch_size, N, hidden_size) with `config.reshape_hidden_states=False`; the final norm is applied
+        grid, or (batch_size, 1 + N, hidden_size) with `config.reshape_hidden_states=False`; the final norm is applied
         unless `config.apply_layernorm=False`."""
         requested = wanted_states(self.config, output_hidden_states, len(self.layers) + 1)
         stages = [self.stage_names.index(name) for name in self.out_features]
@@ -396,7 +396,7 @@ class LookupViTBackbone(BackboneMixin, LookupViTModel):
         if self.config.apply_layernorm:
             hidden_states = self.layernorm(hidden_states)
         if not self.config.reshape_hidden_states:
-            return hidden_states
+            return torch.cat([hidden_states.mean(1, keepdim=True), hidden_states], dim=1)
         return hidden_states.transpose(1, 2).unflatten(2, grid).contiguous()
 
 

@@ -100,8 +100,9 @@ class SettingsMixin:
     Checked on construction and again on every assignment, so `config.keep_ratio = 0.25` holds from the next forward.
     """
 
-    # What the settings are, for errors.
-    kind: ClassVar[str] = "settings"
+    # What they are, in words. Also how they are told apart: a checkpoint that brought its code can have two copies of
+    # these classes.
+    settings_kind: ClassVar[str] = "settings"
     # Settings that say exactly what `keep_ratio` says roughly: a ratio that is given later takes their place.
     exact: ClassVar[tuple[str, ...]] = ()
 
@@ -142,7 +143,7 @@ class AdaptiveResolutionMixin(SettingsMixin):
         tail_layers: number of last layers that run on all tokens again.
     """
 
-    kind: ClassVar[str] = "settings of adaptive resolution"
+    settings_kind: ClassVar[str] = "settings of adaptive resolution"
     exact: ClassVar[tuple[str, ...]] = ("num_clusters",)
 
     grouping: str = validated_field(_known_grouping, default="density_peaks")
@@ -188,6 +189,7 @@ class StageResolutionMixin(AdaptiveResolutionMixin):
             `keep_ratio=1` merges nothing anywhere.
     """
 
+    settings_kind: ClassVar[str] = "settings of adaptive resolution in stages"
     exact: ClassVar[tuple[str, ...]] = ("num_clusters", "stage_keep_ratios")
 
     stage_keep_ratios: list[float | int] | tuple[float | int, ...] | None = validated_field(  # noqa: RUF009
@@ -230,6 +232,8 @@ class CompressedSizeMixin(SettingsMixin):
             is that on every axis, and at most all frames. At most the grid of the patches.
     """
 
+    settings_kind: ClassVar[str] = "settings of LookupViT"
+
     compressed_size: int | list[int] | tuple[int, ...] = validated_field(positive, default=7)  # noqa: RUF009
 
 
@@ -253,12 +257,13 @@ class CompressedSizeSettings(CompressedSizeMixin):
 
 # What a context may hold beside settings: inputs that some methods take, see `ReductionContext`.
 HINTS = ("protect", "importance", "seed")
-_CHECKED: dict[type[SettingsMixin], type[SettingsMixin]] = {  # of those a class inherits from, the first one is its own
-    StageResolutionMixin: StageResolutionSettings,
+_CHECKED: dict[type[SettingsMixin], type[SettingsMixin]] = {
     AdaptiveResolutionMixin: AdaptiveResolutionSettings,
+    StageResolutionMixin: StageResolutionSettings,
     CompressedSizeMixin: CompressedSizeSettings,
 }
-_NAMES = {mixin: tuple(field.name for field in fields(mixin)) for mixin in _CHECKED}
+_MIXINS = {mixin.settings_kind: mixin for mixin in _CHECKED}
+_NAMES = {kind: tuple(field.name for field in fields(mixin)) for kind, mixin in _MIXINS.items()}
 
 Overrides = Mapping[str, Any]
 Settings = TypeVar("Settings", bound=SettingsMixin)
@@ -270,13 +275,9 @@ _OVERRIDES: ContextVar[Mapping[int, Overrides]] = ContextVar("ailurus_overrides"
 _TRACED = threading.local()
 
 
-def _mixin_of(settings: SettingsMixin) -> type[SettingsMixin]:
-    return next(mixin for mixin in _CHECKED if isinstance(settings, mixin))
-
-
 def names_of(settings: SettingsMixin) -> tuple[str, ...]:
     """Names of the settings that a configuration, or settings by themselves, have."""
-    return _NAMES[_mixin_of(settings)]
+    return _NAMES[settings.settings_kind]
 
 
 def refuse_unknown(caller: str, given: Iterable[str], known: Sequence[str]) -> None:
@@ -328,7 +329,7 @@ def with_overrides(settings: Settings, overrides: Overrides) -> Settings:
     values = {name: getattr(settings, name) for name in names_of(settings)}
     if "keep_ratio" in changed:
         values |= dict.fromkeys(settings.exact)
-    result: Settings = make_settings({**values, **changed}, _mixin_of(settings))
+    result: Settings = make_settings({**values, **changed}, _MIXINS[settings.settings_kind])
     return result
 
 
@@ -343,4 +344,4 @@ def make_settings(values: Mapping[str, Any], mixin: type[SettingsMixin] = Adapti
     try:
         return _CHECKED[mixin](**values)
     except (StrictDataclassError, TypeError) as error:
-        raise ValueError(f"{mixin.kind}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{mixin.settings_kind}: {' '.join(str(error).split())}") from None
