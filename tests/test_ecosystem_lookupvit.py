@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,6 +42,9 @@ from ailurus_hf import (
 )
 from ailurus_hf.benchmark import count_flops
 from ailurus_hf.cli.app import main
+from ailurus_hf.data import SegmentationDataset, open_layout
+from ailurus_hf.training import SegmentationTrainer
+from tests.data.files import IGNORE, NUM_LABELS, write_camvid
 from tests.factories import random_images, random_videos, tiny_lookupvit, tiny_lookupvit_config
 from tests.paths import ROOT
 
@@ -296,3 +300,62 @@ def test_info(tmp_path, capfd, model_class, settings, kind, tokens, compressed):
     ):
         assert main(["info", str(tmp_path / "model"), *wrong]) == 2
         assert message in capfd.readouterr().err
+
+
+@pytest.fixture
+def segmenter(tmp_path, monkeypatch):
+    """A working folder with a checkpoint, "model", and labelled pictures, "data"."""
+    monkeypatch.chdir(tmp_path)
+    write_camvid(Path("data"))
+    settings = {"num_labels": NUM_LABELS, "semantic_loss_ignore_index": IGNORE, "compressed_sizes": (1, 2)}
+    model = tiny_lookupvit(LookupViTForSemanticSegmentation, compressed_size=2, **settings)
+    model.save_pretrained("model")
+    AiluRusImageProcessor().save_pretrained("model")
+    return model
+
+
+def test_evaluate_and_predict(segmenter, capfd):
+    data = ["--images", "data/val/images", "--labels", "data/val/labels"]
+    capfd.readouterr()
+    assert main(["evaluate", "--model", "model", *data, "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert [budget["compressed_size"] for budget in report["budgets"]] == ["2 x 2", "1 x 1"]
+    sizes = ["--compressed-size", "1x2", "--compressed-size", "2"]
+    assert main(["evaluate", "--model", "model", *data, *sizes, "--per-class"]) == 0
+    out = capfd.readouterr().out
+    for wanted in ("compressed_size", "1 x 2", "2 x 2"):
+        assert wanted in out
+    for size in ("1", "2x1"):
+        assert main(["predict", "data/val/images", "--model", "model", "--compressed-size", size, "--json"]) == 0
+        assert len(json.loads(capfd.readouterr().out)) == 3
+    for command, message in (
+        (["predict", "data/val/images", "--model", "model", "--compressed-size", "90"], "at most the grid of"),
+        (["predict", "data/val/images", "--model", "model", "--compressed-size", "5by7"], "got '5by7'"),
+        (["predict", "data/val/images", "--model", "model", "--keep-ratio", "0.5"], "has no setting keep_ratio"),
+        (["evaluate", "--model", "model", *data, "--keep-ratio", "0.5"], "has no setting 'keep_ratio'"),
+    ):
+        assert main(command) == 2
+        assert message in capfd.readouterr().err
+    picture = str(next(Path("data/val/images").iterdir()))
+    assert main(["visualize", picture, "--model", "model"]) == 2
+    assert "merges no tokens: there are no clusters to draw" in capfd.readouterr().err
+
+
+def test_segmentation_trainer_and_its_card(segmenter):
+    train, val = (
+        SegmentationDataset(source, AiluRusImageProcessor(), ignore_index=source.rule.ignore_index)
+        for source in open_layout("data")
+    )
+    arguments = TrainingArguments(
+        "run", max_steps=2, per_device_train_batch_size=1, per_device_eval_batch_size=1, report_to=[], use_cpu=True,
+        disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = SegmentationTrainer(segmenter, arguments, train_dataset=train, eval_dataset=val)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert "eval_keep_ratio" not in metrics
+    trainer.save_model()
+    trainer.create_model_card(dataset="Drawn")
+    card = Path("run/README.md").read_text()
+    assert f"| as configured | {metrics['eval_mean_iou']:.4f} |" in card
+    assert "keep_ratio" not in card
