@@ -252,14 +252,12 @@ def test_lora_in_every_part_of_the_blocks():
         assert adapted(random_images()).logits.shape == (2, 5)
 
 
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"]
-LAUNCH += ["--dynamo_backend", "no", "--main_process_port", "0", "--num_processes", "2"]
-
-
 @pytest.mark.slow
 def test_two_processes_keep_the_same_weights(tmp_path):
-    command = [*LAUNCH, "-m", "tests.on_processes_lookupvit", str(tmp_path / "result")]
-    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    command = [*launch, "-m", "tests.on_processes_lookupvit", str(tmp_path / "result")]
+    subprocess.run(command, check=True, cwd=ROOT, env=environment, timeout=300)
     first, second = (json.loads((tmp_path / f"result.{index}").read_text()) for index in range(2))
     assert first["processes"] == 2
     assert first["sums"] == second["sums"]
