@@ -48,7 +48,8 @@ class LookupViTConfig(ClassColoursMixin, CompressedSizeMixin, BackboneConfigMixi
             larger than the grid are left out. The compressed tokens' learned positions are of the largest of them that
             fits the grid in training, on each axis.
         pooling: what stands for the whole image: the mean of the "compressed" tokens, of the "lookup" tokens, or the
-            sum of "both".
+            sum of "both". With "compressed" what the last block gives the lookup tokens gets no gradient, which
+            DistributedDataParallel must be told (`find_unused_parameters`).
         apply_layernorm: whether the backbone's feature maps pass the final norm.
         reshape_hidden_states: whether feature maps are (batch_size, hidden_size, height, width), or token sequences,
             for heads such as DPT's: these expect a class token in front, in whose place stands the tokens' mean.

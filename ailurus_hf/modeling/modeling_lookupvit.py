@@ -153,6 +153,8 @@ class LookupViTPreTrainedModel(PreTrainedModel):
     def from_vit(cls, vit: Any, **overrides: Any) -> Self:
         """A new model with the weights of a plain vision transformer, as a start for training or distillation.
 
+        It is no more than a start: before training the features correlate with the ViT's, but are far from equal.
+
         Copied where the shapes agree: patch embedding (for video spread over the frames of a tubelet, so that a still
         video is embedded as its picture), positions (resized to another grid), each layer's attention and MLP to
         the block's refinement, its attention once more to gathering and its values and output to infusing, its norms

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
+import ailurus_hf
 from ailurus_hf import (
+    AiluRusForSemanticSegmentation,
+    AiluRusImageProcessor,
     AiluRusModel,
     LookupViTBackbone,
     LookupViTConfig,
@@ -23,6 +27,7 @@ from ailurus_hf import (
     LookupViTModel,
     with_budget,
 )
+from ailurus_hf.demo.scenes import draw_scene
 from ailurus_hf.modeling.layers_lookupvit import LookupViTBlock
 from tests.factories import random_images, random_videos, slow, tiny_lookupvit, tiny_lookupvit_config, tiny_model
 from tests.reference import lookupvit as reference
@@ -495,6 +500,23 @@ def test_a_still_video_is_embedded_as_its_picture():
     still = picture[:, None].expand(-1, 6, -1, -1, -1)
     _, lookup = videos.embeddings(videos.embeddings.patch_embeddings(still), (1, 3, 3))
     torch.testing.assert_close(lookup, expected.repeat(1, 2, 1))
+
+
+def test_features_correlate_with_those_of_a_trained_vit_from_the_start():
+    """Cosine of features, each centred over the tokens of all pictures; a random start gives about 0."""
+    folder = Path(ailurus_hf.__file__).parent / "demo" / "checkpoint"
+    teacher = AiluRusForSemanticSegmentation.from_pretrained(folder, keep_ratio=1.0).eval()
+    pictures = [draw_scene(seed, 128, 256).image for seed in range(2)]
+    pixels = AiluRusImageProcessor.from_pretrained(folder)(pictures, return_tensors="pt")["pixel_values"]
+    expected = teacher.ailurus(pixels).last_hidden_state[:, 1:]
+
+    def similarity(model):
+        features = model.eval()(pixels).last_hidden_state
+        return F.cosine_similarity(*(one - one.mean((0, 1)) for one in (features, expected)), dim=-1).mean()
+
+    model = LookupViTModel.from_vit(teacher)
+    assert similarity(model) > 0.2
+    assert similarity(LookupViTModel(model.config)).abs() < 0.1
 
 
 def test_from_a_folder_and_from_own_models(tmp_path):
