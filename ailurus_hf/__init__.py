@@ -8,6 +8,7 @@ from .registry import ARCHITECTURES  # after `import ailurus_hf`, transformers' 
 __version__ = "0.1.0"
 
 _PUBLIC = {  # name -> its module
+    "LookupViTVideoProcessor": "ailurus_hf.modeling.video_processing_lookupvit",
     "apply_ailurus": "ailurus_hf.adapters",
     "convert_checkpoint": "ailurus_hf.conversion",
     "remove_ailurus": "ailurus_hf.adapters",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .hub.remote_code import save_with_code as save_with_code
     from .modeling.configuration_ailurus import AiluRusConfig as AiluRusConfig
     from .modeling.configuration_ailurus_segformer import AiluRusSegformerConfig as AiluRusSegformerConfig
+    from .modeling.configuration_lookupvit import LookupViTConfig as LookupViTConfig
     from .modeling.image_processing_ailurus import AiluRusImageProcessor as AiluRusImageProcessor
     from .modeling.modeling_ailurus import AiluRusBackbone as AiluRusBackbone
     from .modeling.modeling_ailurus import AiluRusForImageClassification as AiluRusForImageClassification
@@ -43,7 +45,13 @@ if TYPE_CHECKING:
         AiluRusSegformerForSemanticSegmentation as AiluRusSegformerForSemanticSegmentation,
     )
     from .modeling.modeling_ailurus_segformer import AiluRusSegformerModel as AiluRusSegformerModel
+    from .modeling.modeling_lookupvit import LookupViTBackbone as LookupViTBackbone
+    from .modeling.modeling_lookupvit import LookupViTForImageClassification as LookupViTForImageClassification
+    from .modeling.modeling_lookupvit import LookupViTForSemanticSegmentation as LookupViTForSemanticSegmentation
+    from .modeling.modeling_lookupvit import LookupViTForVideoClassification as LookupViTForVideoClassification
+    from .modeling.modeling_lookupvit import LookupViTModel as LookupViTModel
     from .modeling.reduction import register_grouping as register_grouping
+    from .modeling.video_processing_lookupvit import LookupViTVideoProcessor as LookupViTVideoProcessor
     from .unfolding import restore as restore
 
 

@@ -22,7 +22,7 @@ from .modeling.settings import (
     with_overrides,
 )
 
-__all__ = ["has_budget", "keep_ratio_of", "set_keep_ratio", "with_budget"]
+__all__ = ["has_budget", "has_keep_ratio", "keep_ratio_of", "set_keep_ratio", "with_budget"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,15 @@ def with_budget(model: nn.Module, **settings: Any) -> Iterator[None]:
         yield
 
 
+def has_keep_ratio(model: nn.Module) -> bool:
+    """Whether the model's budget is a share of its tokens; of LookupViT it is not.
+
+    Raises:
+        TypeError: the model has no budget at all.
+    """
+    return any(owner.knows("keep_ratio") for owner in _merging(model))
+
+
 def keep_ratio_of(model: nn.Module) -> float:
     """The share of tokens that the model keeps here; of several encoders, the first one's.
 
@@ -143,8 +152,8 @@ def _merging(model: nn.Module) -> list[_Owner]:
 
 
 def _with_ratio(model: nn.Module) -> list[_Owner]:
-    if owners := [owner for owner in _merging(model) if owner.knows("keep_ratio")]:
-        return owners
+    if has_keep_ratio(model):
+        return [owner for owner in _merging(model) if owner.knows("keep_ratio")]
     raise TypeError(
         f"{type(model).__name__} has no keep_ratio: its budget is another setting, which model.config and with_budget "
         "take, such as compressed_size of LookupViT"

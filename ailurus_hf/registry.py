@@ -14,6 +14,7 @@ from wrapt import lazy_import, register_post_import_hook
 
 from .architectures.ailurus import AILURUS
 from .architectures.ailurus_segformer import AILURUS_SEGFORMER
+from .architectures.lookupvit import LOOKUPVIT
 from .architectures.row import Architecture
 
 __all__ = ["ARCHITECTURES", "architecture_of", "has_architecture", "register_architecture"]
@@ -68,5 +69,5 @@ def _register_models(row: Architecture, module: Any) -> None:
         models.register(config_class, lazy_import(*row.classes[auto_class].split(":"), interface=type))
 
 
-for _row in (AILURUS, AILURUS_SEGFORMER):
+for _row in (AILURUS, AILURUS_SEGFORMER, LOOKUPVIT):
     register_architecture(_row)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from ailurus_hf import AiluRusConfig, AiluRusSegformerConfig
+from ailurus_hf import AiluRusConfig, AiluRusSegformerConfig, LookupViTConfig
 
 
 def tiny_config(**overrides: Any) -> AiluRusConfig:
@@ -52,6 +52,34 @@ def tiny_model(model_class: Any, seed: int = 0, **overrides: Any) -> Any:
     """A model with random weights, biases and norms included, in evaluation mode."""
     torch.manual_seed(seed)
     return _with_random_vectors(model_class(tiny_config(**overrides)))
+
+
+def tiny_lookupvit_config(**overrides: Any) -> LookupViTConfig:
+    """3 blocks of width 32 on patches of 8 pixels; trained grid 6 x 6, compressed sizes 2, 3 and 5."""
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "mlp_ratio": 2,
+        "patch_size": 8,
+        "image_size": 48,
+        "compressed_size": 3,
+        "compressed_sizes": (2, 3, 5),
+        "num_labels": 5,
+        "initializer_range": 0.2,
+    }
+    return LookupViTConfig(**{**settings, **overrides})
+
+
+def tiny_lookupvit(model_class: Any, seed: int = 0, **overrides: Any) -> Any:
+    """A LookupViT with random weights, biases and norms included, in evaluation mode."""
+    torch.manual_seed(seed)
+    return _with_random_vectors(model_class(tiny_lookupvit_config(**overrides)))
+
+
+def random_videos(batch_size: int = 2, num_frames: int = 4, height: int = 48, width: int = 48) -> torch.Tensor:
+    """Normalised pixel values (batch_size, num_frames, 3, height, width)."""
+    return random_images(batch_size * num_frames, height, width).unflatten(0, (batch_size, num_frames))
 
 
 def _with_random_vectors(model: Any) -> Any:

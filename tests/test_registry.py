@@ -21,10 +21,10 @@ from ailurus_hf.benchmark import count_flops
 from ailurus_hf.cli.app import main
 from ailurus_hf.registry import ARCHITECTURES, architecture_of, has_architecture, register_architecture
 from tests.data.files import IGNORE, NUM_LABELS, write_camvid
-from tests.factories import random_images, tiny_model, tiny_segformer
+from tests.factories import random_images, tiny_lookupvit, tiny_model, tiny_segformer
 from tests.toy_architecture import TOY
 
-TINY = {"ailurus": tiny_model, "ailurus_segformer": tiny_segformer}
+TINY = {"ailurus": tiny_model, "ailurus_segformer": tiny_segformer, "lookupvit": tiny_lookupvit}
 ROWS = pytest.mark.parametrize("row", ARCHITECTURES.values(), ids=ARCHITECTURES)
 
 
@@ -41,6 +41,14 @@ class TestRows:
 
     def test_stages_are_those_that_the_model_runs(self, row: Any) -> None:
         model = TINY[row.model_type](row.load(SEGMENTATION))
+        if row.budget == "compressed_size":
+            for size in (2, (3, 5)):
+                model.config.compressed_size = size
+                output = model.base_model(random_images(1, 64, 100))
+                (stage,) = row.stages(model.config, 64, 100)
+                streams = output.last_hidden_state, output.compressed_hidden_state
+                assert (stage.num_tokens, stage.num_kept) == tuple(stream.shape[1] for stream in streams)
+            return
         for ratio, count in ((1, None), (0.3, None), (0.5, 3)):
             model.config.keep_ratio, model.config.num_clusters = ratio, count
             stages = row.stages(model.config, 64, 100)
@@ -54,7 +62,8 @@ class TestRows:
         config = TINY[row.model_type](row.load("AutoModel")).config
         for auto_class in row.models.values():
             assert ("head" in row.facts(config, auto_class)) == (auto_class == SEGMENTATION)
-        assert row.settings(config)["keep_ratio"] == config.keep_ratio
+        assert row.settings(config)[row.budget] == getattr(config, row.budget)
+        assert row.example.startswith(f"{row.budget}=")
         assert any("Budget" in line for line in row.card(config))
 
 
@@ -68,7 +77,7 @@ def test_rows_are_found_by_model_type() -> None:
     Foreign.model_type = "vit"
     assert not has_architecture(Foreign())
     assert not has_architecture(None)
-    with pytest.raises(TypeError, match="model_type 'ailurus' or 'ailurus_segformer', got Foreign with 'vit'"):
+    with pytest.raises(TypeError, match="'ailurus_segformer' or 'lookupvit', got Foreign with 'vit'"):
         architecture_of(Foreign())
 
 
@@ -80,7 +89,7 @@ from transformers import (AutoBackbone, AutoConfig, AutoModel, AutoModelForImage
                           AutoModelForSemanticSegmentation, pipeline)
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 import ailurus_hf
-for name, folder in zip(("AiluRus", "AiluRusSegformer"), sys.argv[1:]):
+for name, folder in zip(("AiluRus", "AiluRusSegformer", "LookupViT"), sys.argv[1:]):
     config = AutoConfig.from_pretrained(folder)
     found = [config, AutoModel.from_pretrained(folder), AutoModelForSemanticSegmentation.from_pretrained(folder),
              AutoBackbone.from_config(config), AutoImageProcessor.from_pretrained(folder)]

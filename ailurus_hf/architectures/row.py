@@ -14,6 +14,7 @@ TASKS = {  # Auto class of a model -> task, as the Hub names it
     "AutoModel": FEATURES,
     "AutoBackbone": FEATURES,
     "AutoModelForImageClassification": "image-classification",
+    "AutoModelForVideoClassification": "video-classification",
     SEGMENTATION: "image-segmentation",
 }
 
@@ -23,14 +24,15 @@ class TokenStage(NamedTuple):
 
     Attributes:
         name: such as "stage 3"; "" where the model has one grid only.
-        grid: (rows, columns) in tokens.
+        grid: (rows, columns) in tokens, of video (frames, rows, columns).
         pixels_per_token: along each side.
         hidden_size: width of the tokens.
-        num_kept: number of tokens that the merged layers run on; all of them where nothing is merged.
+        num_kept: number of tokens that the merged layers, or the heavy parts, run on; all of them where nothing is
+            merged.
     """
 
     name: str
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     pixels_per_token: int
     hidden_size: int
     num_kept: int
@@ -64,13 +66,18 @@ def grouping_flops(config: Any, stages: list[TokenStage]) -> int:
     return 0 if flops is None else sum(flops(config, stage.num_tokens, stage.hidden_size) for stage in merging)
 
 
+def image_shape(config: Any, height: int, width: int) -> tuple[int, ...]:
+    """Shape of the pixel values of one image."""
+    return 1, config.num_channels, height, width
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One row: an architecture's classes, and what the other parts of the package must know of it.
 
     The functions get the model's configuration: this package's, or its twin that a checkpoint brought along as code.
-    It has `keep_ratio`, `num_clusters`, `num_channels`, `patch_size` in pixels and `grid_size`, the grid in patches at
-    the trained size; for segmentation also `semantic_loss_ignore_index`.
+    It has `num_channels`, `patch_size` in pixels and `grid_size`, the grid in patches at the trained size; where the
+    budget is `keep_ratio`, that and `num_clusters`; for segmentation also `semantic_loss_ignore_index`.
 
     Args:
         model_type: that of the configuration.
@@ -83,6 +90,11 @@ class Architecture:
         settings: what `info` shows of the settings of the method.
         extra_flops: (config, stages) -> floating-point operations of one image's forward that are no matrix product,
             convolution or attention, which PyTorch counts by itself.
+        budget: the setting that says how many tokens the model computes on: "keep_ratio", which at 1 is all of them, or
+            "compressed_size", of which there is always less.
+        example: a budget as an argument, for the model card's code.
+        pixel_shape: (config, height, width) -> shape of one input, the batch's 1 in front.
+        citation: BibTeX of the architecture's paper; "" for AiluRus's.
     """
 
     model_type: str
@@ -92,6 +104,10 @@ class Architecture:
     card: Callable[[Any], list[str]]
     settings: Callable[[Any], dict[str, Any]] = merge_settings
     extra_flops: Callable[[Any, list[TokenStage]], int] = grouping_flops
+    budget: str = "keep_ratio"
+    example: str = "keep_ratio=0.25"
+    pixel_shape: Callable[[Any, int, int], tuple[int, ...]] = image_shape
+    citation: str = ""
 
     @property
     def models(self) -> dict[str, str]:

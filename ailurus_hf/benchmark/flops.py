@@ -22,7 +22,7 @@ def count_flops(
     forward: Callable[[Any, torch.Tensor], object] | None = None,
     **settings: Any,
 ) -> int:
-    """Floating-point operations of one image's forward, clustering included.
+    """Floating-point operations of one image's forward, clustering included; of a video model, of one video's.
 
     Matrix products, convolutions and attention are counted by PyTorch's own counter on a copy of the model without
     data, so that the largest models take a moment; one multiply-add is two operations. The clustering's distances,
@@ -50,7 +50,7 @@ def count_flops(
         clustering += len(images) * row.extra_flops(config, row.stages(config, *images.shape[-2:]))
 
     twin.register_forward_pre_hook(count_clustering, with_kwargs=True)
-    pixel_values = torch.empty(1, config.num_channels, height, width, device="meta")
+    pixel_values = torch.empty(row.pixel_shape(config, height, width), device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         twin(pixel_values) if forward is None else forward(twin, pixel_values)
     return int(counter.get_total_flops()) + clustering

@@ -3,7 +3,7 @@
 import csv
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +19,7 @@ from .options import (
     SlidingWindow,
     load_on_device,
     load_processor,
+    parse_size,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +42,16 @@ def evaluate(
         typer.Option(
             help="Share of tokens to keep; repeat for several. The dense model is always measured too.",
             show_default="1, 0.5 and 0.25",
+        ),
+    ] = None,
+    compressed_size: Annotated[
+        list[Any] | None,
+        typer.Option(
+            parser=parse_size,
+            metavar="SIZE",
+            help="Grid of LookupViT's compressed tokens, such as 5 or 5x7; repeat for several. The largest takes the "
+            "place of the dense model.",
+            show_default="those of the training",
         ),
     ] = None,
     cluster_layer: ClusterLayer = None,
@@ -66,10 +77,11 @@ def evaluate(
         Path | None, typer.Option("--csv", metavar="FILE", help="Write the table's rows as CSV too.")
     ] = None,
 ) -> None:
-    """Evaluate a checkpoint on pictures with labels, dense and at several budgets side by side.
+    """Evaluate a checkpoint on pictures with labels, at several budgets side by side.
 
     Every picture is predicted at all budgets in turn, from the picture to its label map, so that their times are
-    measured under the same conditions. Speed-ups are over the dense model.
+    measured under the same conditions. Speed-ups and agreement are with the dense model, of LookupViT with the largest
+    compressed size.
     """
     from ..data import SegmentationFolder
     from ..data.label_maps import pair_files
@@ -84,7 +96,8 @@ def evaluate(
         network,
         load_processor(model),
         SegmentationFolder(pairs, LabelRule(num_classes(network.config), ignored, reduce_labels)),
-        keep_ratio or (1.0, 0.5, 0.25),
+        keep_ratio or None,
+        compressed_sizes=compressed_size or None,
         ignore_index=ignored,
         boundary=boundary,
         skip_unreadable=skip_unreadable,
@@ -110,22 +123,27 @@ def _print_table(report: "EvaluationReport", where: str) -> None:
     threads = f", {torch.get_num_threads()} threads" if where.startswith("cpu") else ""
     rows = report.rows()
     scores = {name: title for name, title in SCORES.items() if name in rows[0]}
-    headings = ("keep_ratio", *scores.values(), "GFLOPs", "ms", "speed-up (quartiles)")
+    budget = next(iter(rows[0]))  # the name of the setting
+    headings = (budget, *scores.values(), "GFLOPs", "ms", "speed-up (quartiles)")
     table = Table(*map(_numbers, headings), title=f"{report.num_pictures} pictures, {where}{threads}")
     for row in rows:
         gflops = "-" if row["gflops"] is None else f"{row['gflops']:.1f}"
         speed = f"{row['speed_up']:.2f} ({row['speed_up_low']:.2f} to {row['speed_up_high']:.2f})"
         quality = (_number(row[name]) for name in scores)
-        table.add_row(f"{row['keep_ratio']:g}", *quality, gflops, f"{row['ms_per_picture']:.0f}", speed)
+        table.add_row(_named(row[budget]), *quality, gflops, f"{row['ms_per_picture']:.0f}", speed)
     _print(table)
 
 
 def _print_classes(report: "EvaluationReport") -> None:
     budgets = report.to_dict()["budgets"]
-    table = Table("class", *(_numbers(f"{budget['keep_ratio']:g}") for budget in budgets), title="IoU")
+    table = Table("class", *(_numbers(_named(next(iter(budget.values())))) for budget in budgets), title="IoU")
     for name in budgets[0]["iou"]:
         table.add_row(name, *(_number(budget["iou"][name]) for budget in budgets))
     _print(table)
+
+
+def _named(budget: float | str) -> str:
+    return budget if isinstance(budget, str) else f"{budget:g}"
 
 
 def _numbers(heading: str) -> Column:

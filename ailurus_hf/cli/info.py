@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Json, KeepRatio
+from .options import CompressedSize, Json, KeepRatio
 
 NAME_WIDTH = 28
 
@@ -19,15 +19,16 @@ def info(
         int | None, typer.Option(min=1, help="Width of the images in pixels.", show_default="as trained")
     ] = None,
     keep_ratio: KeepRatio = None,
+    compressed_size: CompressedSize = None,
     as_json: Json = False,
 ) -> None:
-    """Show a checkpoint's architecture, its tokens and merge settings, and its cost, dense and merged.
+    """Show a checkpoint's architecture, its tokens and budget, and its cost, dense and merged.
 
     GFLOPs count one multiply-add as two operations; clustering is included.
     """
     from .loading import load_model
 
-    model = load_model(path, any_head=True, keep_ratio=keep_ratio)
+    model = load_model(path, any_head=True, keep_ratio=keep_ratio, compressed_size=compressed_size)
     report = _describe(model, height, width)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
@@ -48,12 +49,19 @@ def _describe(model: Any, height: int | None, width: int | None) -> dict[str, di
     auto_class = row.models[type(model).__name__]
     classes = num_classes(config) if auto_class == SEGMENTATION else config.num_labels
     size = (height or config.grid_size[0] * config.patch_size, width or config.grid_size[1] * config.patch_size)
-    dense, merged = count_flops(model, *size, keep_ratio=1.0), count_flops(model, *size)
-    tokens: dict[str, Any] = {}
+    merges, flops = row.budget == "keep_ratio", count_flops(model, *size)
+    costs: dict[str, Any] = {}
     for stage in row.stages(config, *size):
         name = f"{stage.name} tokens".lstrip()
-        tokens[name] = f"{stage.grid[0]} x {stage.grid[1]} = {stage.num_tokens}"
-        tokens[f"{name} after merging"] = stage.num_kept
+        costs[name] = f"{' x '.join(map(str, stage.grid))} = {stage.num_tokens}"
+        costs[f"{name} after merging" if merges else f"compressed {name}"] = stage.num_kept
+    if merges:
+        dense = count_flops(model, *size, keep_ratio=1.0)
+        costs |= {"GFLOPs dense": round(dense / 1e9, 2), "GFLOPs merged": round(flops / 1e9, 2)}
+        costs["ratio"] = round(dense / flops, 2)
+    else:
+        costs["GFLOPs"] = round(flops / 1e9, 2)
+    kind = "image" if len(row.pixel_shape(config, *size)) == 4 else "video"
     return {
         "architecture": {
             "class": type(model).__name__,
@@ -62,11 +70,6 @@ def _describe(model: Any, height: int | None, width: int | None) -> dict[str, di
             **row.facts(config, auto_class),
             **({} if TASKS[auto_class] == FEATURES else {"classes": classes}),
         },
-        "merging": row.settings(config),
-        f"one image of {size[0]} x {size[1]} pixels": {
-            **tokens,
-            "GFLOPs dense": round(dense / 1e9, 2),
-            "GFLOPs merged": round(merged / 1e9, 2),
-            "ratio": round(dense / merged, 2),
-        },
+        "merging" if merges else "compression": row.settings(config),
+        f"one {kind} of {size[0]} x {size[1]} pixels": costs,
     }

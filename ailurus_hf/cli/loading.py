@@ -41,10 +41,14 @@ def load_model(
     if Path(path).exists() or Path(path).is_absolute():
         _check_folder(Path(path))
     chosen = {name: value for name, value in settings.items() if value is not None}
+    model_class = _model_class(path, any_head)
+    for name in chosen:
+        if not hasattr(model_class.config_class, name):
+            raise ValueError(f"{path} holds a {model_class.__name__}, which has no setting {name}; leave it out")
     try:
         with quiet_transformers():
             # mismatched sizes are let through here only to be reported with the other faults below
-            model, info = _model_class(path, any_head).from_pretrained(
+            model, info = model_class.from_pretrained(
                 path, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **chosen
             )
     except StrictDataclassError as error:  # not a ValueError, and its text has several lines

@@ -14,6 +14,26 @@ KeepRatio = Annotated[
     float | None,
     typer.Option(help="Share of tokens to keep, above 0 and at most 1; 1 merges nothing.", show_default="the model's"),
 ]
+
+
+def parse_size(text: str) -> int | tuple[int, ...]:
+    """A compressed size from "5" or "5x7"."""
+    try:
+        sides = tuple(int(side) for side in text.split("x"))
+    except ValueError:
+        raise typer.BadParameter(f"a size is a number or several such as 5x7, got {text!r}") from None
+    return sides[0] if len(sides) == 1 else sides
+
+
+CompressedSize = Annotated[
+    Any,
+    typer.Option(
+        parser=parse_size,
+        metavar="SIZE",
+        help="Grid of LookupViT's compressed tokens, such as 5 or 5x7.",
+        show_default="the model's",
+    ),
+]
 ClusterLayer = Annotated[
     int | None,
     typer.Option(help="Layers that run on all tokens before they are grouped.", show_default="the model's"),

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from ..utils.files import atomic_file, check_output_directory, read_json_object
 from .options import (
     ClusterLayer,
+    CompressedSize,
     Device,
     Dtype,
     Json,
@@ -35,6 +36,7 @@ def predict(
         "predictions"
     ),
     keep_ratio: KeepRatio = None,
+    compressed_size: CompressedSize = None,
     cluster_layer: ClusterLayer = None,
     sliding_window: SlidingWindow = False,
     recursive: Annotated[
@@ -61,7 +63,8 @@ def predict(
     names = _names(images, out, recursive)
     check_equal_names(list(names), list(names.values()), "be written as {}.*")
     check_output_directory(out, overwrite=True)  # it would be a pity to find out after the model has run
-    network = load_on_device(model, device, dtype, keep_ratio=keep_ratio, cluster_layer=cluster_layer)
+    settings = {"keep_ratio": keep_ratio, "compressed_size": compressed_size, "cluster_layer": cluster_layer}
+    network = load_on_device(model, device, dtype, **settings)
     processor, palette = load_processor(model), model_palette(network.config)
     classes = class_names(network.config.id2label, network.config.num_labels)
     reports, skipped, before = [], [], 0

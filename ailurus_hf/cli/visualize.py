@@ -35,6 +35,11 @@ def visualize(
         raise ValueError(f"--out must end in .png, .pdf or .svg, got {out}")
     picture = read_image(image)
     network = load_on_device(model, device, dtype, keep_ratio=keep_ratio, cluster_layer=cluster_layer)
+    if not hasattr(network.config, "keep_ratio"):
+        raise ValueError(
+            f"--model {model} is a {type(network).__name__}, which merges no tokens: there are no clusters to draw; "
+            "`ailurus-hf predict` draws its classes"
+        )
     processor = load_processor(model)
     merged = segment_image(network, processor, picture)
     with with_budget(network, keep_ratio=1.0):

@@ -1,5 +1,6 @@
 """Evaluating a segmentation model at several budgets side by side, on one process or several."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -15,8 +16,9 @@ from ..benchmark import SpeedUp, count_flops, speed_up, time_side_by_side
 from ..budget import has_budget, with_budget
 from ..data.images import ImageFileError
 from ..data.labelled import LabelledImage
+from ..modeling.configuration_lookupvit import size_on
 from ..modeling.label_maps import class_names, num_classes
-from ..registry import has_architecture
+from ..registry import architecture_of, has_architecture
 from ..utils.extras import needs_extra
 from .accumulator import Accumulator
 from .boundary import BoundaryScore
@@ -31,21 +33,35 @@ class BudgetResult:
     """What was measured at one budget.
 
     Attributes:
-        keep_ratio: share of tokens kept; 1 is dense.
+        budget: the setting by name: `keep_ratio`, the share of tokens kept, of which 1 is dense; or of LookupViT
+            `compressed_size`, (rows, columns).
         confusion: counts of true and predicted classes.
-        agreement: with the dense model's classes, over all pixels.
+        agreement: with the classes at the first budget, over all pixels.
         boundary: counts of boundary pixels, if they were asked for.
         seconds: from picture to label map, one entry for every picture.
         gflops: 1e9 floating-point operations of the model for the first picture, all its views and windows; None where
             they cannot be counted.
     """
 
-    keep_ratio: float
+    budget: dict[str, Any]
     confusion: ConfusionMatrix
     agreement: Agreement
     boundary: BoundaryScore | None
     seconds: list[float] = field(default_factory=list)
     gflops: float | None = None
+
+    @property
+    def keep_ratio(self) -> float | None:
+        """Share of tokens kept; None where the budget is another setting."""
+        return self.budget.get("keep_ratio")
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The budget in a table: a ratio as a number, a size in words."""
+        return {
+            name: " x ".join(map(str, value)) if isinstance(value, tuple) else value
+            for name, value in self.budget.items()
+        }
 
     @property
     def metrics(self) -> list[Accumulator]:
@@ -56,7 +72,7 @@ class BudgetResult:
 
 @dataclass
 class EvaluationReport:
-    """Results of all budgets, dense first.
+    """Results of all budgets, the one that the others are compared with first: dense, or the largest compressed size.
 
     Attributes:
         budgets: one result for every budget.
@@ -71,7 +87,7 @@ class EvaluationReport:
     skipped: list[str]
 
     def speed_up(self, result: BudgetResult) -> SpeedUp:
-        """How many times faster than dense, over the pictures."""
+        """How many times faster than at the first budget, over the pictures."""
         return speed_up(self.budgets[0].seconds, result.seconds)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -86,7 +102,7 @@ class EvaluationReport:
 
     def _row(self, result: BudgetResult) -> dict[str, Any]:
         gain = self.speed_up(result)
-        row: dict[str, Any] = {"keep_ratio": result.keep_ratio}
+        row = result.row
         for metric in result.metrics:
             row |= {name: number_or_none(score) for name, score in metric.compute().items()}
         return row | {
@@ -102,8 +118,9 @@ def evaluate_segmentation(
     model: PreTrainedModel,
     image_processor: Any,
     samples: Sequence[LabelledImage],
-    keep_ratios: Sequence[float] = (1.0, 0.5, 0.25),
+    keep_ratios: Sequence[float] | None = None,
     *,
+    compressed_sizes: Sequence[Any] | None = None,
     ignore_index: int | None = None,
     boundary: bool = False,
     skip_unreadable: bool = False,
@@ -113,7 +130,8 @@ def evaluate_segmentation(
     """Quality, cost and speed of a model at several budgets.
 
     Every picture is predicted at all budgets in turn, so that their times are measured under the same conditions; the
-    dense model is always among them. Label maps become counts at once. Launched on several processes, each takes every
+    dense model is always among them, and what the others are compared with. Of LookupViT, where nothing is dense, that
+    is the largest compressed size. Label maps become counts at once. Launched on several processes, each takes every
     n-th picture and the counts are added up: the scores are those of one process, exactly.
 
     Args:
@@ -121,7 +139,8 @@ def evaluate_segmentation(
             `keep_ratios=[1]`.
         image_processor: its image processor.
         samples: pictures with labels, such as `ailurus_hf.data.SegmentationFolder`.
-        keep_ratios: shares of tokens to keep, above 0 and at most 1.
+        keep_ratios: shares of tokens to keep, above 0 and at most 1; None takes 1, 0.5 and 0.25.
+        compressed_sizes: of LookupViT, sizes as in `CompressedSizeMixin`; None takes those of the training.
         ignore_index: label of pixels that do not count; None takes the model's.
         boundary: count boundary pixels too.
         skip_unreadable: go on past samples whose files are damaged or too small for the model, and list them.
@@ -130,7 +149,7 @@ def evaluate_segmentation(
 
     Raises:
         ValueError: there are no samples, or none could be read; labels outside the classes.
-        TypeError: budgets other than 1 for a model that has none.
+        TypeError: budgets other than 1 for a model that has none, or of the other kind.
         ImageFileError: a file is damaged, or a picture smaller than a patch, and `skip_unreadable` is False.
     """
     with needs_extra("eval", "evaluations at several budgets"):
@@ -141,7 +160,8 @@ def evaluate_segmentation(
         raise ValueError("samples must hold at least one picture with labels, got none")
     if ignore_index is None:
         ignore_index = getattr(model.config, "semantic_loss_ignore_index", 255)
-    results = _empty_results(keep_ratios, num_classes(model.config), ignore_index, boundary)
+    budgets = _budgets(model.config, keep_ratios, compressed_sizes)
+    results = _empty_results(budgets, num_classes(model.config), ignore_index, boundary)
     # The processes that were launched together; without an accelerator they must be told to be on the CPU.
     state = PartialState(cpu=not torch.accelerator.is_available())
     share = range(state.process_index, len(samples), state.num_processes)
@@ -169,19 +189,31 @@ def evaluate_segmentation(
     return EvaluationReport(results, dict(enumerate(names)), len(results[0].seconds), skipped)
 
 
+def _budgets(
+    config: Any, keep_ratios: Sequence[float] | None, compressed_sizes: Sequence[Any] | None
+) -> list[dict[str, Any]]:
+    """Each budget once, the one that the others are compared with first."""
+    compresses = has_architecture(config) and architecture_of(config).budget == "compressed_size"
+    if compressed_sizes is None and not (compresses and keep_ratios is None):
+        ratios = (1.0, 0.5, 0.25) if keep_ratios is None else keep_ratios
+        return [{"keep_ratio": ratio} for ratio in dict.fromkeys([1.0, *map(float, ratios)])]
+    if compressed_sizes is None:
+        compressed_sizes = config.fitting_sizes(config.position_grid)
+    sizes = {size_on((1, 1), size) for size in compressed_sizes}
+    return [{"compressed_size": size} for size in sorted(sizes, key=lambda size: (-math.prod(size), size))]
+
+
 def _empty_results(
-    keep_ratios: Sequence[float], num_labels: int, ignore_index: int, boundary: bool
+    budgets: list[dict[str, Any]], num_labels: int, ignore_index: int, boundary: bool
 ) -> list[BudgetResult]:
-    """One for each budget, each budget once, dense first."""
-    ratios = [1.0, *(ratio for ratio in dict.fromkeys(map(float, keep_ratios)) if ratio != 1)]
     return [
         BudgetResult(
-            ratio,
+            budget,
             ConfusionMatrix(num_labels, ignore_index),
             Agreement(),
             BoundaryScore(num_labels, ignore_index) if boundary else None,
         )
-        for ratio in ratios
+        for budget in budgets
     ]
 
 
@@ -193,15 +225,16 @@ def _evaluate_picture(
     views: dict[str, Any],
 ) -> None:
     """Predict one picture at all budgets, and count."""
-    found: dict[float, Segmentation] = {}
+    found: dict[str, Segmentation] = {}
 
-    def predict(result: BudgetResult) -> None:
+    def predict(name: str, budget: dict[str, Any]) -> None:
         # A model without budgets is dense as it is; asked for another one, it raises.
-        dense = result.keep_ratio == 1 and not has_budget(model)
-        with nullcontext() if dense else with_budget(model, keep_ratio=result.keep_ratio):
-            found[result.keep_ratio] = segment_image(model, image_processor, sample.image, **views)
+        dense = budget == {"keep_ratio": 1} and not has_budget(model)
+        with nullcontext() if dense else with_budget(model, **budget):
+            found[name] = segment_image(model, image_processor, sample.image, **views)
 
-    variants = {str(result.keep_ratio): partial(predict, result) for result in results}
+    names = [str(result.budget) for result in results]
+    variants = {name: partial(predict, name, result.budget) for name, result in zip(names, results, strict=True)}
     first = not results[0].seconds
     try:
         times = time_side_by_side(variants, rounds=1, warmup=1 if first else 0)
@@ -209,26 +242,26 @@ def _evaluate_picture(
         raise ImageFileError(f"{sample.name}: {error}") from error
     truth = torch.as_tensor(sample.labels)
     # Counted after all budgets are timed.
-    for result in results:
-        labels = torch.as_tensor(found[result.keep_ratio].labels)
+    for name, result in zip(names, results, strict=True):
+        labels = torch.as_tensor(found[name].labels)
         try:
             result.confusion.update(labels, truth)
         except ValueError as error:
             raise ValueError(f"{sample.name}: {error}") from error
-        result.agreement.update(labels, torch.as_tensor(found[1.0].labels))
+        result.agreement.update(labels, torch.as_tensor(found[names[0]].labels))
         if result.boundary is not None:
             result.boundary.update(labels, truth)
-        result.seconds += times[str(result.keep_ratio)]
+        result.seconds += times[name]
         if first:
-            result.gflops = _gflops(model, image_processor, sample, result.keep_ratio, views)
+            result.gflops = _gflops(model, image_processor, sample, result.budget, views)
 
 
 def _gflops(
-    model: PreTrainedModel, image_processor: Any, sample: LabelledImage, keep_ratio: float, views: dict[str, Any]
+    model: PreTrainedModel, image_processor: Any, sample: LabelledImage, budget: dict[str, Any], views: dict[str, Any]
 ) -> float | None:
     """Of all the forwards that one picture takes."""
     if not has_architecture(model.config):
         return None
     height, width = image_processor(sample.image, return_tensors="pt")["pixel_values"].shape[-2:]
     run = partial(class_scores, **views)
-    return count_flops(model, height, width, run, keep_ratio=keep_ratio) / 1e9
+    return count_flops(model, height, width, run, **budget) / 1e9

@@ -40,12 +40,12 @@ class CardResult:
     """Quality at one budget.
 
     Args:
-        keep_ratio: share of tokens kept; 1 is dense.
+        keep_ratio: share of tokens kept; 1 is dense. None for the budget that the configuration has.
         mean_iou: mean intersection over union, 0 to 1.
         pixel_accuracy: share of right pixels, 0 to 1.
     """
 
-    keep_ratio: float
+    keep_ratio: float | None
     mean_iou: float
     pixel_accuracy: float
 
@@ -103,6 +103,8 @@ def build_model_card(
         training=training,
         remote_code=remote_code,
         load_class=auto_class if remote_code else model_class,
+        budget=row.example,
+        citation=row.citation,
         repo=repo,
     )
 
@@ -115,7 +117,7 @@ def _metadata(results: Sequence[CardResult], task: str, dataset: str) -> list[Ev
             dataset_type=dataset.lower().replace(" ", "-"),
             dataset_name=dataset,
             metric_type=kind,
-            metric_name=f"{name} (keep_ratio {result.keep_ratio:g})",
+            metric_name=name if result.keep_ratio is None else f"{name} (keep_ratio {result.keep_ratio:g})",
             metric_value=round(getattr(result, kind), 4),
         )
         for result in results

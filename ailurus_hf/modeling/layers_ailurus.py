@@ -88,6 +88,15 @@ def check_pixels(pixel_values: Tensor, num_channels: int) -> None:
         )
 
 
+def check_patches(pixel_values: Tensor, patch_size: int) -> None:
+    """Raise ValueError for images, or frames, smaller than a patch."""
+    if min(pixel_values.shape[-2:]) < patch_size:
+        raise ValueError(
+            f"pixel_values must be at least one patch of {patch_size} x {patch_size} pixels, got height "
+            f"and width {tuple(pixel_values.shape[-2:])}"
+        )
+
+
 @dataclass
 class GroupingOutput:
     """What every output has beside transformers' own fields; see the encoders' outputs."""
@@ -134,7 +143,7 @@ class AiluRusAttention(nn.Module):
 
     is_causal = False
 
-    def __init__(self, config: AiluRusConfig, shape: LayerShape):
+    def __init__(self, config: Any, shape: LayerShape):
         super().__init__()
         self.config = config
         self.head_dim = shape.hidden_size // shape.num_attention_heads
@@ -180,7 +189,7 @@ class AiluRusAttention(nn.Module):
 
 
 class AiluRusMLP(nn.Module):
-    def __init__(self, config: AiluRusConfig, shape: LayerShape):
+    def __init__(self, config: Any, shape: LayerShape):
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc1 = nn.Linear(shape.hidden_size, shape.intermediate_size)

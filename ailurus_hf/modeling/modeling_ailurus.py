@@ -30,6 +30,7 @@ from .layers_ailurus import (
     AiluRusLayerScale,
     GroupingOutput,
     LayerShape,
+    check_patches,
     check_pixels,
     settings_of_call,
     wanted_states,
@@ -82,19 +83,12 @@ class AiluRusPatchEmbeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Pixels (batch_size, num_channels, height, width) -> tokens (batch_size, N, hidden_size)."""
-        self._check(pixel_values)
+        check_pixels(pixel_values, self.num_channels)
+        check_patches(pixel_values, self.patch_size)
         height, width = pixel_values.shape[-2:]
         padding = (0, -width % self.patch_size, 0, -height % self.patch_size)
         patches = self.projection(F.pad(pixel_values, padding).to(self.projection.weight.dtype))
         return patches.flatten(2).transpose(1, 2)
-
-    def _check(self, pixel_values: Tensor) -> None:
-        check_pixels(pixel_values, self.num_channels)
-        if min(pixel_values.shape[-2:]) < self.patch_size:
-            raise ValueError(
-                f"pixel_values must be at least one patch of {self.patch_size} x {self.patch_size} pixels, got height "
-                f"and width {tuple(pixel_values.shape[-2:])}"
-            )
 
 
 class AiluRusEmbeddings(nn.Module):

@@ -127,8 +127,9 @@ class SettingsMixin:
     Checked on construction and again on every assignment, so `config.keep_ratio = 0.25` holds from the next forward.
     """
 
-    # What the settings are, for errors.
-    kind: ClassVar[str] = "settings"
+    # What they are, in words. Also how they are told apart: a checkpoint that brought its code can have two copies of
+    # these classes.
+    settings_kind: ClassVar[str] = "settings"
 
     def current(self, call: Mapping[str, Any] = MappingProxyType({})) -> Self:
         """The settings of a forward that begins here.
@@ -174,7 +175,7 @@ class AdaptiveResolutionMixin(SettingsMixin):
             is about to see of them, its LayerNorm ("norm"); None takes what the method does best with.
     """
 
-    kind: ClassVar[str] = "settings of adaptive resolution"
+    settings_kind: ClassVar[str] = "settings of adaptive resolution"
 
     grouping: str = validated_field(_known_grouping, default="region_merging")
     cluster_layer: int | None = validated_field(at_least(0), default=None)
@@ -253,6 +254,8 @@ class StageResolutionMixin(AdaptiveResolutionMixin):
             `keep_ratio=1` merges nothing anywhere.
     """
 
+    settings_kind: ClassVar[str] = "settings of adaptive resolution in stages"
+
     places: Any = validated_field(_no_places, default=None)  # noqa: RUF009
     stage_keep_ratios: list[float | int] | tuple[float | int, ...] | None = validated_field(  # noqa: RUF009
         _ratios, default=None
@@ -290,11 +293,13 @@ class CompressedSizeMixin(SettingsMixin):
     """The budget of LookupViT: how many compressed tokens the heavy work runs on.
 
     Args:
-        compressed_size: grid of the compressed tokens: (rows, columns), of video (frames, rows, columns), or one
-            number for every axis; at most the grid of the image's patches.
+        compressed_size: grid of the compressed tokens, (rows, columns), of video (frames, rows, columns); one number
+            is that on every axis, and at most all frames. At most the grid of the patches.
     """
 
-    compressed_size: int | list[int] | tuple[int, ...] = validated_field(positive, default=(7, 7))  # noqa: RUF009
+    settings_kind: ClassVar[str] = "settings of LookupViT"
+
+    compressed_size: int | list[int] | tuple[int, ...] = validated_field(positive, default=7)  # noqa: RUF009
 
 
 @strict
@@ -323,12 +328,13 @@ _REPLACED = {
 }
 # What a context may hold beside settings: inputs that some methods take, see `ReductionContext`.
 HINTS = ("protect", "importance", "seed")
-_CHECKED: dict[type[SettingsMixin], type[SettingsMixin]] = {  # of those a class inherits from, the first one is its own
-    StageResolutionMixin: StageResolutionSettings,
+_CHECKED: dict[type[SettingsMixin], type[SettingsMixin]] = {
     AdaptiveResolutionMixin: AdaptiveResolutionSettings,
+    StageResolutionMixin: StageResolutionSettings,
     CompressedSizeMixin: CompressedSizeSettings,
 }
-_NAMES = {mixin: tuple(field.name for field in fields(mixin)) for mixin in _CHECKED}
+_MIXINS = {mixin.settings_kind: mixin for mixin in _CHECKED}
+_NAMES = {kind: tuple(field.name for field in fields(mixin)) for kind, mixin in _MIXINS.items()}
 
 Overrides = Mapping[str, Any]
 Settings = TypeVar("Settings", bound=SettingsMixin)
@@ -340,13 +346,9 @@ _OVERRIDES: ContextVar[Mapping[int, Overrides]] = ContextVar("ailurus_overrides"
 _TRACED = threading.local()
 
 
-def _mixin_of(settings: SettingsMixin) -> type[SettingsMixin]:
-    return next(mixin for mixin in _CHECKED if isinstance(settings, mixin))
-
-
 def names_of(settings: SettingsMixin) -> tuple[str, ...]:
     """Names of the settings that a configuration, or settings by themselves, have."""
-    return _NAMES[_mixin_of(settings)]
+    return _NAMES[settings.settings_kind]
 
 
 def refuse_unknown(caller: str, given: Iterable[str], known: Sequence[str]) -> None:
@@ -402,7 +404,7 @@ def with_overrides(settings: Settings, overrides: Overrides) -> Settings:
         return settings
     replaced = replaced_by(changed)
     values = {name: None if name in replaced else getattr(settings, name) for name in names_of(settings)}
-    result: Settings = make_settings({**values, **changed}, _mixin_of(settings))
+    result: Settings = make_settings({**values, **changed}, _MIXINS[settings.settings_kind])
     return result
 
 
@@ -422,4 +424,4 @@ def make_settings(values: Mapping[str, Any], mixin: type[SettingsMixin] = Adapti
     try:
         return _CHECKED[mixin](**values)
     except (StrictDataclassError, TypeError) as error:
-        raise ValueError(f"{mixin.kind}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{mixin.settings_kind}: {' '.join(str(error).split())}") from None

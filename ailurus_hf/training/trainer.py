@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from ..budget import keep_ratio_of, with_budget
+from ..budget import has_keep_ratio, keep_ratio_of, with_budget
 from ..data.dataset import SegmentationCollator
 from ..evaluation import ConfusionMatrix, SegmentationMetrics, predictions_from_logits
 from ..hub.model_card import CardResult, build_model_card
@@ -196,7 +196,8 @@ class _RunningCounts(SegmentationMetrics):
     def __call__(self, prediction: Any, compute_result: bool = True) -> dict[str, float]:
         scores = super().__call__(prediction, compute_result)
         if compute_result:
-            scores["keep_ratio"] = keep_ratio_of(self.trainer.accelerator.unwrap_model(self.trainer.model))
+            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+            scores |= {"keep_ratio": keep_ratio_of(model)} if has_keep_ratio(model) else {}
         return scores
 
     def add(self, predictions: Tensor, labels: Tensor) -> None:
@@ -240,13 +241,13 @@ def _with_epochs(dataset: Any) -> Iterator[Any]:
 
 def _latest_results(history: list[dict[str, Any]]) -> list[CardResult]:
     """The last evaluation at every budget, dense first."""
-    found: dict[float, CardResult] = {}
+    found: dict[float | None, CardResult] = {}
     for entry in history:
         prefixes = [key.removesuffix("_mean_iou") for key in entry if key.endswith("_mean_iou")]
         for prefix in prefixes:
-            ratio = entry.get(f"{prefix}_keep_ratio", 1.0)
+            ratio = entry.get(f"{prefix}_keep_ratio")
             found[ratio] = CardResult(ratio, entry[f"{prefix}_mean_iou"], entry[f"{prefix}_pixel_accuracy"])
-    return [found[ratio] for ratio in sorted(found, reverse=True)]
+    return [found[ratio] for ratio in sorted(found, key=lambda ratio: ratio or 0, reverse=True)]
 
 
 def check_resume(checkpoint: str | Path, model: Any) -> None:

@@ -29,7 +29,7 @@ def test_settings_are_kept_until_given(vit):
     apply_ailurus(vit, 1, 0.25, neighborhood_size=8, unfold="copy")
     apply_ailurus(vit, keep_ratio=0.5)
     assert vit.config.ailurus == {
-        "grouping": "density_peaks",
+        "grouping": "region_merging",
         "cluster_layer": 1,
         "keep_ratio": 0.5,
         "num_clusters": None,
@@ -38,6 +38,8 @@ def test_settings_are_kept_until_given(vit):
         "spatial_alpha": 0.9,
         "unfold": "copy",
         "tail_layers": 0,
+        "places": None,
+        "grouping_features": None,
     }
 
 

@@ -74,7 +74,7 @@ def test_broken_config(folder: Path) -> None:
     for text, said in (
         ("{", "JSON"),
         ("[]", "model_type"),
-        ('{"model_type": "vit"}', "'ailurus' or 'ailurus_segformer', got 'vit'"),
+        ('{"model_type": "vit"}', "'ailurus_segformer' or 'lookupvit', got 'vit'"),
     ):
         (folder / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=rf"config\.json .*{said}"):

@@ -288,5 +288,5 @@ class TestAilurus:
             ):
                 convert_checkpoint("ailurus", tmp_path / "in", tmp_path / "out")
         config.write_text(json.dumps(settings | {"model_type": "vit"}))
-        with pytest.raises(CheckpointError, match="'ailurus' or 'ailurus_segformer', got 'vit'"):
+        with pytest.raises(CheckpointError, match="'ailurus_segformer' or 'lookupvit', got 'vit'"):
             convert_checkpoint("ailurus", tmp_path / "in", tmp_path / "out")

@@ -14,13 +14,14 @@ from ailurus_hf import (
     AiluRusForSemanticSegmentation,
     AiluRusImageProcessor,
     AiluRusSegformerForSemanticSegmentation,
+    LookupViTForSemanticSegmentation,
     apply_ailurus,
 )
 from ailurus_hf.data import SegmentationFolder
 from ailurus_hf.data.images import ImageFileError
 from ailurus_hf.evaluation import ConfusionMatrix, class_scores, evaluate_segmentation, segment_image
 from tests.data.files import IGNORE, NUM_LABELS, write_camvid, write_labels
-from tests.factories import random_images, tiny_model, tiny_segformer
+from tests.factories import random_images, tiny_lookupvit, tiny_model, tiny_segformer
 
 PROCESSOR = AiluRusImageProcessor()
 
@@ -55,6 +56,28 @@ def test_every_budget_equals_a_loop(samples):
     rows = report.rows()
     assert rows[0]["speed_up"] == rows[0]["agreement"] == 1
     assert json.loads(json.dumps(report.to_dict()))["budgets"][2]["iou"].keys() == {*report.id2label.values()}
+
+
+def test_compressed_sizes_with_the_largest_in_the_place_of_dense(samples):
+    settings = {"num_labels": NUM_LABELS, "semantic_loss_ignore_index": IGNORE, "compressed_sizes": (1, 2, 3, 9)}
+    model = tiny_lookupvit(LookupViTForSemanticSegmentation, **settings)
+    report = evaluate_segmentation(model, PROCESSOR, samples, compressed_sizes=[1, (1, 3), 2, (2, 2)], progress=False)
+    sizes = [(2, 2), (1, 3), (1, 1)]
+    assert [result.budget for result in report.budgets] == [{"compressed_size": size} for size in sizes]
+    assert [row["compressed_size"] for row in report.rows()] == ["2 x 2", "1 x 3", "1 x 1"]
+    found = []
+    for size in sizes:
+        model.config.compressed_size = size
+        found.append([segment_image(model, PROCESSOR, sample.image).labels for sample in samples])
+    for result, labels in zip(report.budgets, found, strict=True):
+        equal = [(one == other).mean() for one, other in zip(labels, found[0], strict=True)]
+        assert result.agreement.share() == pytest.approx(np.mean(equal))
+    gflops = [result.gflops for result in report.budgets]
+    assert gflops == sorted(set(gflops), reverse=True)
+    with pytest.raises(TypeError, match="has no setting 'keep_ratio'"):
+        evaluate_segmentation(model, PROCESSOR, samples, (1, 0.5), progress=False)
+    with pytest.raises(TypeError, match="has no setting 'compressed_size'"):
+        evaluate_segmentation(network(), PROCESSOR, samples, compressed_sizes=[2], progress=False)
 
 
 def test_hierarchical_models(samples):

@@ -41,7 +41,7 @@ class TestCompressedSize:
     @pytest.mark.parametrize("wrong", [0, -1, (3, 0), 2.5, "5", [2.0, 3.0]])
     def test_what_is_no_size_is_refused(self, wrong):
         with (
-            pytest.raises(ValueError, match=r"settings: .*compressed_size"),
+            pytest.raises(ValueError, match=r"settings of LookupViT: .*compressed_size"),
             with_budget(OfCompressedSize(), compressed_size=wrong),
         ):
             pass
