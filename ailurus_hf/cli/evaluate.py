@@ -25,6 +25,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..evaluation import EvaluationReport
 
+INTERVALS = {"mean_iou_difference": "mIoU - dense (95 %)", "agreement": "agreement (95 %)"}
 SCORES = {"mean_iou": "mIoU", "pixel_accuracy": "pixel acc.", "boundary_f": "boundary F", "agreement": "agreement"}
 
 
@@ -42,6 +43,20 @@ def evaluate(
         typer.Option(
             help="Share of tokens to keep; repeat for several. The dense model is always measured too.",
             show_default="1, 0.5 and 0.25",
+        ),
+    ] = None,
+    flop_ratio: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Keep as many tokens as make the forward cost so many times less than the dense one, grouping "
+            "included; repeat for several. For pictures of the first one's size."
+        ),
+    ] = None,
+    grouping: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How tokens are grouped, such as region_merging or density_peaks; repeat for several, side by side.",
+            show_default="the model's",
         ),
     ] = None,
     compressed_size: Annotated[
@@ -68,6 +83,12 @@ def evaluate(
         list[float] | None, typer.Option(help="Average over pictures resized by this factor; repeat for several.")
     ] = None,
     boundary: Annotated[bool, typer.Option("--boundary", help="Score the classes' boundaries too.")] = False,
+    intervals: Annotated[
+        bool,
+        typer.Option(
+            "--intervals", help="Print 95 % intervals of agreement and of the mIoU's difference (paired bootstrap)."
+        ),
+    ] = False,
     per_class: Annotated[bool, typer.Option("--per-class", help="Print the IoU of every class too.")] = False,
     skip_unreadable: SkipUnreadable = False,
     device: Device = "auto",
@@ -92,14 +113,19 @@ def evaluate(
     pairs = pair_files(images, labels)[:limit]
     network = load_on_device(model, device, dtype, cluster_layer=cluster_layer)
     ignored = network.config.semantic_loss_ignore_index if ignore_index is None else ignore_index
+    processor = load_processor(model)
+    samples = SegmentationFolder(pairs, LabelRule(num_classes(network.config), ignored, reduce_labels))
+    if flop_ratio and sliding_window:
+        raise ValueError("--flop-ratio is for whole pictures: leave out --sliding-window, or give --keep-ratio")
+    size = processor(samples[0].image, return_tensors="pt")["pixel_values"].shape[-2:] if flop_ratio else None
     report = evaluate_segmentation(
         network,
-        load_processor(model),
-        SegmentationFolder(pairs, LabelRule(num_classes(network.config), ignored, reduce_labels)),
-        keep_ratio or None,
-        compressed_sizes=compressed_size or None,
+        processor,
+        samples,
+        _budgets(network, keep_ratio or [], flop_ratio or [], size, grouping or [], compressed_size or []),
         ignore_index=ignored,
         boundary=boundary,
+        intervals=intervals,
         skip_unreadable=skip_unreadable,
         sliding_window=sliding_window,
         flip=flip,
@@ -117,33 +143,63 @@ def evaluate(
         _print_classes(report)
 
 
+def _budgets(
+    network: Any,
+    keep_ratios: list[float],
+    flop_ratios: list[float],
+    size: tuple[int, int] | None,
+    groupings: list[str],
+    compressed_sizes: list[Any],
+) -> list[dict[str, Any]] | None:
+    """What the options name; None where they name nothing. `size` is that of a picture, for the FLOP ratios."""
+    from ..benchmark import keep_ratio_at
+
+    if groupings and not (keep_ratios or flop_ratios):
+        keep_ratios = [0.5, 0.25]
+    budgets: list[dict[str, Any]] = []
+    for ratio in keep_ratios:
+        budgets += [{"keep_ratio": ratio, **chosen} for chosen in _groupings(groupings)]
+    for ratio in flop_ratios:
+        assert size is not None
+        for chosen in _groupings(groupings):
+            budgets.append({"keep_ratio": keep_ratio_at(network, *size, ratio, **chosen), **chosen})
+    return [*budgets, *({"compressed_size": size} for size in compressed_sizes)] or None
+
+
+def _groupings(names: list[str]) -> list[dict[str, Any]]:
+    return [{"grouping": name} for name in names] or [{}]
+
+
 def _print_table(report: "EvaluationReport", where: str) -> None:
     import torch
 
     threads = f", {torch.get_num_threads()} threads" if where.startswith("cpu") else ""
     rows = report.rows()
     scores = {name: title for name, title in SCORES.items() if name in rows[0]}
-    budget = next(iter(rows[0]))  # the name of the setting
-    headings = (budget, *scores.values(), "GFLOPs", "ms", "speed-up (quartiles)")
+    shown = {name: title for name, title in INTERVALS.items() if f"{name}_low" in rows[0]}
+    headings = (*report.settings(), *scores.values(), *shown.values(), "GFLOPs", "ms", "speed-up (quartiles)")
     table = Table(*map(_numbers, headings), title=f"{report.num_pictures} pictures, {where}{threads}")
     for row in rows:
         gflops = "-" if row["gflops"] is None else f"{row['gflops']:.1f}"
         speed = f"{row['speed_up']:.2f} ({row['speed_up_low']:.2f} to {row['speed_up_high']:.2f})"
         quality = (_number(row[name]) for name in scores)
-        table.add_row(_named(row[budget]), *quality, gflops, f"{row['ms_per_picture']:.0f}", speed)
+        settings = (_named(row[name]) for name in report.settings())
+        spread = (f"{row[f'{name}_low']:+.4f} to {row[f'{name}_high']:+.4f}" for name in shown)
+        table.add_row(*settings, *quality, *spread, gflops, f"{row['ms_per_picture']:.0f}", speed)
     _print(table)
 
 
 def _print_classes(report: "EvaluationReport") -> None:
     budgets = report.to_dict()["budgets"]
-    table = Table("class", *(_numbers(_named(next(iter(budget.values())))) for budget in budgets), title="IoU")
+    headings = ("\n".join(_named(budget[name]) for name in report.settings()) for budget in budgets)
+    table = Table("class", *map(_numbers, headings), title="IoU")
     for name in budgets[0]["iou"]:
         table.add_row(name, *(_number(budget["iou"][name]) for budget in budgets))
     _print(table)
 
 
-def _named(budget: float | str) -> str:
-    return budget if isinstance(budget, str) else f"{budget:g}"
+def _named(setting: float | str | None) -> str:
+    return f"{setting:.4g}" if isinstance(setting, float) else str(setting or "")
 
 
 def _numbers(heading: str) -> Column:
@@ -154,7 +210,7 @@ def _print(table: Table) -> None:
     table.title_justify = "left"
     console = Console()
     # A pipe has no width of its own; a table that is cut there helps nobody.
-    (console if console.is_terminal else Console(width=120)).print(table)
+    (console if console.is_terminal else Console(width=200)).print(table)
 
 
 def _number(value: float | None) -> str:

@@ -2,12 +2,13 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -23,6 +24,7 @@ from ..utils.extras import needs_extra
 from .accumulator import Accumulator
 from .boundary import BoundaryScore
 from .inference import Segmentation, class_scores, segment_image
+from .intervals import Interval, bootstrap_weights, mean_iou_of, percentiles
 from .segmentation import Agreement, ConfusionMatrix, number_or_none
 
 __all__ = ["BudgetResult", "EvaluationReport", "evaluate_segmentation"]
@@ -33,14 +35,15 @@ class BudgetResult:
     """What was measured at one budget.
 
     Attributes:
-        budget: the setting by name: `keep_ratio`, the share of tokens kept, of which 1 is dense; or of LookupViT
-            `compressed_size`, (rows, columns).
+        budget: settings by name: `keep_ratio`, the share of tokens kept, of which 1 is dense, or of LookupViT
+            `compressed_size`, (rows, columns); and others that hold beside it.
         confusion: counts of true and predicted classes.
         agreement: with the classes at the first budget, over all pixels.
         boundary: counts of boundary pixels, if they were asked for.
         seconds: from picture to label map, one entry for every picture.
         gflops: 1e9 floating-point operations of the model for the first picture, all its views and windows; None where
             they cannot be counted.
+        per_picture: counts of every picture, of `confusion` and of `agreement`, if intervals were asked for.
     """
 
     budget: dict[str, Any]
@@ -49,19 +52,12 @@ class BudgetResult:
     boundary: BoundaryScore | None
     seconds: list[float] = field(default_factory=list)
     gflops: float | None = None
+    per_picture: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
     @property
     def keep_ratio(self) -> float | None:
         """Share of tokens kept; None where the budget is another setting."""
         return self.budget.get("keep_ratio")
-
-    @property
-    def row(self) -> dict[str, Any]:
-        """The budget in a table: a ratio as a number, a size in words."""
-        return {
-            name: " x ".join(map(str, value)) if isinstance(value, tuple) else value
-            for name, value in self.budget.items()
-        }
 
     @property
     def metrics(self) -> list[Accumulator]:
@@ -90,9 +86,28 @@ class EvaluationReport:
         """How many times faster than at the first budget, over the pictures."""
         return speed_up(self.budgets[0].seconds, result.seconds)
 
+    def settings(self) -> list[str]:
+        """Names of the settings in which the budgets differ."""
+        return list(dict.fromkeys(name for result in self.budgets for name in result.budget))
+
     def rows(self) -> list[dict[str, Any]]:
-        """One flat dictionary of numbers for every budget: a table's rows."""
+        """One flat dictionary for every budget, a table's row: settings (a size in words, None where one is not given),
+        scores, costs, and intervals if they were asked for."""
         return [self._row(result) for result in self.budgets]
+
+    def intervals(self, result: BudgetResult) -> dict[str, Interval]:
+        """95 % intervals by a paired bootstrap over pictures: of `mean_iou_difference`, to the first budget, and of
+        `agreement`. None of them where they were not asked for."""
+        if not result.per_picture:
+            return {}
+        weights = bootstrap_weights(len(result.per_picture))
+        confusions = [np.stack([counts for counts, _ in each.per_picture]) for each in (result, self.budgets[0])]
+        # Some resamples at a time: with many classes all of them together would not fit into memory.
+        parts = [[mean_iou_of(np.tensordot(part, counts, 1)) for part in np.array_split(weights, 40)]
+                 for counts in confusions]  # fmt: skip
+        scores, dense = (np.concatenate(part) for part in parts)
+        equal, pixels = (weights @ np.stack([agreement for _, agreement in result.per_picture])).T
+        return {"mean_iou_difference": percentiles(scores - dense), "agreement": percentiles(equal / pixels)}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, with IoU and accuracy of every class, as JSON takes it."""
@@ -102,9 +117,11 @@ class EvaluationReport:
 
     def _row(self, result: BudgetResult) -> dict[str, Any]:
         gain = self.speed_up(result)
-        row = result.row
+        row = {name: _in_words(result.budget.get(name)) for name in self.settings()}
         for metric in result.metrics:
             row |= {name: number_or_none(score) for name, score in metric.compute().items()}
+        for name, interval in self.intervals(result).items():
+            row |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
         return row | {
             "gflops": result.gflops,
             "ms_per_picture": 1e3 * statistics.median(result.seconds),
@@ -114,15 +131,20 @@ class EvaluationReport:
         }
 
 
+def _in_words(setting: Any) -> Any:
+    """A size as a table has it; anything else as it is."""
+    return " x ".join(map(str, setting)) if isinstance(setting, tuple) else setting
+
+
 def evaluate_segmentation(
     model: PreTrainedModel,
     image_processor: Any,
     samples: Sequence[LabelledImage],
-    keep_ratios: Sequence[float] | None = None,
+    budgets: Sequence[float | Mapping[str, Any]] | None = None,
     *,
-    compressed_sizes: Sequence[Any] | None = None,
     ignore_index: int | None = None,
     boundary: bool = False,
+    intervals: bool = False,
     skip_unreadable: bool = False,
     progress: bool = True,
     **views: Any,
@@ -130,19 +152,21 @@ def evaluate_segmentation(
     """Quality, cost and speed of a model at several budgets.
 
     Every picture is predicted at all budgets in turn, so that their times are measured under the same conditions; the
-    dense model is always among them, and what the others are compared with. Of LookupViT, where nothing is dense, that
-    is the largest compressed size. Label maps become counts at once. Launched on several processes, each takes every
+    dense model is always among them, and what the others are compared with. Of LookupViT, where nothing is dense, the
+    largest compressed size is. Label maps become counts at once. Launched on several processes, each takes every
     n-th picture and the counts are added up: the scores are those of one process, exactly.
 
     Args:
         model: a semantic-segmentation model of this package, or one changed by `apply_ailurus`; any other at
-            `keep_ratios=[1]`.
+            `budgets=[1]`.
         image_processor: its image processor.
         samples: pictures with labels, such as `ailurus_hf.data.SegmentationFolder`.
-        keep_ratios: shares of tokens to keep, above 0 and at most 1; None takes 1, 0.5 and 0.25.
-        compressed_sizes: of LookupViT, sizes as in `CompressedSizeMixin`; None takes those of the training.
+        budgets: shares of tokens to keep, above 0 and at most 1, or dictionaries of settings as `with_budget` takes
+            them, such as `{"keep_ratio": 0.25, "grouping": "density_peaks"}` and `{"compressed_size": 5}`; None takes
+            1, 0.5 and 0.25, of LookupViT the sizes of the training.
         ignore_index: label of pixels that do not count; None takes the model's.
         boundary: count boundary pixels too.
+        intervals: keep the counts of every picture, for `EvaluationReport.intervals`.
         skip_unreadable: go on past samples whose files are damaged or too small for the model, and list them.
         progress: show a progress bar on stderr, on the first process.
         views: `sliding_window`, `flip`, `scales`: see `class_scores`.
@@ -160,8 +184,8 @@ def evaluate_segmentation(
         raise ValueError("samples must hold at least one picture with labels, got none")
     if ignore_index is None:
         ignore_index = getattr(model.config, "semantic_loss_ignore_index", 255)
-    budgets = _budgets(model.config, keep_ratios, compressed_sizes)
-    results = _empty_results(budgets, num_classes(model.config), ignore_index, boundary)
+    wanted = _budgets(model.config, budgets)
+    results = _empty_results(wanted, num_classes(model.config), ignore_index, boundary)
     # The processes that were launched together; without an accelerator they must be told to be on the CPU.
     state = PartialState(cpu=not torch.accelerator.is_available())
     share = range(state.process_index, len(samples), state.num_processes)
@@ -172,7 +196,7 @@ def evaluate_segmentation(
     indices = tqdm(share, "evaluating", leave=False, disable=None if progress and state.is_main_process else True)
     for index in indices:
         try:
-            _evaluate_picture(model, image_processor, samples[index], results, views)
+            _evaluate_picture(model, image_processor, samples[index], results, intervals, views)
         except ImageFileError as error:
             if not skip_unreadable:
                 raise
@@ -182,6 +206,7 @@ def evaluate_segmentation(
             metric.add_processes()
         result.seconds = gather_object(result.seconds)
         result.gflops = gather_object([result.gflops])[0]
+        result.per_picture = gather_object(result.per_picture)
     skipped = gather_object(skipped)
     if not results[0].seconds:
         raise ValueError(f"none of the {len(samples)} samples could be read; the first: {skipped[0]}")
@@ -189,18 +214,20 @@ def evaluate_segmentation(
     return EvaluationReport(results, dict(enumerate(names)), len(results[0].seconds), skipped)
 
 
-def _budgets(
-    config: Any, keep_ratios: Sequence[float] | None, compressed_sizes: Sequence[Any] | None
-) -> list[dict[str, Any]]:
+def _budgets(config: Any, budgets: Sequence[float | Mapping[str, Any]] | None) -> list[dict[str, Any]]:
     """Each budget once, the one that the others are compared with first."""
     compresses = has_architecture(config) and architecture_of(config).budget == "compressed_size"
-    if compressed_sizes is None and not (compresses and keep_ratios is None):
-        ratios = (1.0, 0.5, 0.25) if keep_ratios is None else keep_ratios
-        return [{"keep_ratio": ratio} for ratio in dict.fromkeys([1.0, *map(float, ratios)])]
-    if compressed_sizes is None:
-        compressed_sizes = config.fitting_sizes(config.position_grid)
-    sizes = {size_on((1, 1), size) for size in compressed_sizes}
-    return [{"compressed_size": size} for size in sorted(sizes, key=lambda size: (-math.prod(size), size))]
+    if budgets is None:
+        sizes = config.fitting_sizes(config.position_grid) if compresses else ()
+        budgets = [{"compressed_size": size} for size in sizes] if compresses else (0.5, 0.25)
+    wanted: list[dict[str, Any]]
+    wanted = [dict(budget) if isinstance(budget, Mapping) else {"keep_ratio": float(budget)} for budget in budgets]
+    if all("compressed_size" in budget for budget in wanted):
+        wanted = [{**budget, "compressed_size": size_on((1, 1), budget["compressed_size"])} for budget in wanted]
+        wanted.sort(key=lambda budget: (-math.prod(budget["compressed_size"]), budget["compressed_size"]))
+    else:  # all that is dense is one
+        wanted = [{"keep_ratio": 1.0}, *(budget for budget in wanted if budget.get("keep_ratio") != 1)]
+    return [budget for place, budget in enumerate(wanted) if budget not in wanted[:place]]
 
 
 def _empty_results(
@@ -222,6 +249,7 @@ def _evaluate_picture(
     image_processor: Any,
     sample: LabelledImage,
     results: list[BudgetResult],
+    intervals: bool,
     views: dict[str, Any],
 ) -> None:
     """Predict one picture at all budgets, and count."""
@@ -244,11 +272,16 @@ def _evaluate_picture(
     # Counted after all budgets are timed.
     for name, result in zip(names, results, strict=True):
         labels = torch.as_tensor(found[name].labels)
+        before = result.confusion.counts.clone(), result.agreement.counts.clone()
         try:
             result.confusion.update(labels, truth)
         except ValueError as error:
             raise ValueError(f"{sample.name}: {error}") from error
         result.agreement.update(labels, torch.as_tensor(found[names[0]].labels))
+        if intervals:
+            now = result.confusion.counts, result.agreement.counts
+            confusion, agreement = ((new - old).numpy() for new, old in zip(now, before, strict=True))
+            result.per_picture.append((confusion, agreement))
         if result.boundary is not None:
             result.boundary.update(labels, truth)
         result.seconds += times[name]

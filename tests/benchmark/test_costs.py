@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from ailurus_hf import AiluRusBackbone, AiluRusForSemanticSegmentation, AiluRusImageProcessor, AiluRusModel
-from ailurus_hf.benchmark import count_flops, speed_up, time_side_by_side
+from ailurus_hf.benchmark import count_flops, keep_ratio_at, speed_up, time_side_by_side
 from ailurus_hf.data import LabelledImage
 from ailurus_hf.evaluation import evaluate_segmentation
 from tests.factories import tiny_config, tiny_model
@@ -41,6 +41,15 @@ def test_settings_change_the_count_but_not_the_model(model_class):
     assert counts[0] < counts[1] < counts[2]
     assert model.config.to_dict() == before
     assert next(model.parameters()).device.type == "cpu"
+
+
+@pytest.mark.parametrize("settings", [{}, {"grouping": "density_peaks"}, {"cluster_layer": 2}])
+def test_a_share_of_tokens_for_a_cost(settings):
+    model = tiny_model(AiluRusModel)
+    dense = count_flops(model, 48, 48, keep_ratio=1)
+    count = round(keep_ratio_at(model, 48, 48, 1.4, **settings) * 36)
+    costs = [dense / count_flops(model, 48, 48, keep_ratio=kept / 36, **settings) for kept in (count, count + 1)]
+    assert costs[0] >= 1.4 > costs[1]
 
 
 def test_large_models_are_counted_without_their_memory():

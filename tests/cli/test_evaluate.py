@@ -47,6 +47,22 @@ def test_json_and_several_budgets(arguments: list[str], capfd: pytest.CaptureFix
     assert 0 <= report["budgets"][1]["iou"]["LABEL_0"] <= 1
 
 
+def test_methods_at_equal_cost(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--flop-ratio", "1.3", "--grouping", "region_merging", "--grouping", "grid", "--intervals"]
+    assert main([*arguments, *options, "--json"]) == 0
+    dense, *merged = json.loads(capfd.readouterr().out)["budgets"]
+    assert [row["grouping"] for row in merged] == ["region_merging", "grid"]
+    assert merged[0]["keep_ratio"] != merged[1]["keep_ratio"]
+    for row in merged:
+        assert 1.3 <= dense["gflops"] / row["gflops"] < 1.4
+        assert row["agreement_low"] <= row["agreement"] <= row["agreement_high"]
+    assert main([*arguments, *options, "--per-class"]) == 0
+    assert "mIoU - dense (95 %)" in " ".join(capfd.readouterr().out.split())
+    assert main([*arguments, "--grouping", "grid", "--limit", "1", "--json"]) == 0
+    rows = json.loads(capfd.readouterr().out)["budgets"]
+    assert [(row["keep_ratio"], row["grouping"]) for row in rows] == [(1, None), (0.5, "grid"), (0.25, "grid")]
+
+
 def test_mistakes_are_one_line(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     def complaint(*options: str) -> str:
         assert main([*arguments, *options]) == 2
@@ -57,6 +73,10 @@ def test_mistakes_are_one_line(arguments: list[str], capfd: pytest.CaptureFixtur
 
     assert "'keep_ratio': ValueError: must be above 0 and at most 1, got 2" in complaint("--keep-ratio", "2")
     assert "labels outside the classes: 9" in complaint("--ignore-index", "200")
+    assert "flop_ratio=50 is beyond reach" in complaint("--flop-ratio", "50")
+    assert "flop_ratio must be above 1, got 0.5" in complaint("--flop-ratio", "0.5")
+    assert "leave out --sliding-window" in complaint("--flop-ratio", "2", "--sliding-window")
+    assert "must be one of 'density_peaks', 'region_merging', 'grid'" in complaint("--grouping", "best")
     assert "holds no pictures" in complaint("--images", "data/val")
     assert "3 of 3 label files are missing" in complaint("--labels", "elsewhere")
     Path("data/val/images/001.png").write_bytes(b"no picture")

@@ -58,10 +58,35 @@ def test_every_budget_equals_a_loop(samples):
     assert json.loads(json.dumps(report.to_dict()))["budgets"][2]["iou"].keys() == {*report.id2label.values()}
 
 
+def test_methods_side_by_side_with_intervals(samples):
+    budgets = [{"keep_ratio": 0.5, "grouping": name} for name in ("region_merging", "density_peaks")]
+    report = evaluate_segmentation(network(), PROCESSOR, samples, [1, *budgets], intervals=True, progress=False)
+    rows = report.rows()
+    assert [(row["keep_ratio"], row["grouping"]) for row in rows] == [
+        (1, None), (0.5, "region_merging"), (0.5, "density_peaks")]  # fmt: skip
+    assert len({row["mean_iou"] for row in rows}) == 3
+    rng, drawn = np.random.default_rng(0), []
+    for counts in rng.multinomial(3, [1 / 3] * 3, size=2000):  # resample by resample
+        scores = []
+        for result in (report.budgets[1], report.budgets[0]):
+            matrix = ConfusionMatrix(NUM_LABELS, IGNORE)
+            for times, (confusion, _) in zip(counts, result.per_picture, strict=True):
+                matrix.counts += torch.as_tensor(int(times) * confusion)
+            scores.append(matrix.mean_iou())
+        drawn.append(scores[0] - scores[1])
+    found = report.intervals(report.budgets[1])
+    assert found["mean_iou_difference"] == pytest.approx(np.quantile(drawn, (0.025, 0.975)))
+    low, high = found["agreement"]
+    assert low <= rows[1]["agreement"] <= high
+    assert report.intervals(report.budgets[0]) == {"mean_iou_difference": (0, 0), "agreement": (1, 1)}
+    assert "agreement_low" not in evaluate_segmentation(network(), PROCESSOR, samples, progress=False).rows()[1]
+
+
 def test_compressed_sizes_with_the_largest_in_the_place_of_dense(samples):
     settings = {"num_labels": NUM_LABELS, "semantic_loss_ignore_index": IGNORE, "compressed_sizes": (1, 2, 3, 9)}
     model = tiny_lookupvit(LookupViTForSemanticSegmentation, **settings)
-    report = evaluate_segmentation(model, PROCESSOR, samples, compressed_sizes=[1, (1, 3), 2, (2, 2)], progress=False)
+    budgets = [{"compressed_size": size} for size in (1, (1, 3), 2, (2, 2))]
+    report = evaluate_segmentation(model, PROCESSOR, samples, budgets, progress=False)
     sizes = [(2, 2), (1, 3), (1, 1)]
     assert [result.budget for result in report.budgets] == [{"compressed_size": size} for size in sizes]
     assert [row["compressed_size"] for row in report.rows()] == ["2 x 2", "1 x 3", "1 x 1"]
@@ -77,7 +102,7 @@ def test_compressed_sizes_with_the_largest_in_the_place_of_dense(samples):
     with pytest.raises(TypeError, match="has no setting 'keep_ratio'"):
         evaluate_segmentation(model, PROCESSOR, samples, (1, 0.5), progress=False)
     with pytest.raises(TypeError, match="has no setting 'compressed_size'"):
-        evaluate_segmentation(network(), PROCESSOR, samples, compressed_sizes=[2], progress=False)
+        evaluate_segmentation(network(), PROCESSOR, samples, [{"compressed_size": 2}], progress=False)
 
 
 def test_hierarchical_models(samples):
