@@ -1,7 +1,7 @@
 """Train and measure the small segmentation model of `ailurus-hf demo` on drawn street scenes.
 
-python examples/train_demo.py train       # about an hour on two CPU cores; writes ailurus_hf/demo/checkpoint
-python examples/train_demo.py evaluate    # scores it on scenes it never saw, dense and merged
+python examples/train_demo.py train          # about an hour on two CPU cores; writes ailurus_hf/demo/checkpoint
+python examples/train_demo.py draw scenes    # pictures that it never saw, and their labels, for `ailurus-hf evaluate`
 """
 
 from concurrent.futures import ProcessPoolExecutor
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import typer
+from PIL import Image
 from transformers import BatchFeature, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from ailurus_hf import AiluRusConfig, AiluRusForSemanticSegmentation, AiluRusImageProcessor
@@ -79,20 +80,13 @@ def train(scenes: int = 4000, steps: int = 2600, fine_steps: int = 350, out: Pat
 
 
 @app.command()
-@torch.inference_mode()
-def evaluate(checkpoint: Path = CHECKPOINT, scenes: int = 200, first_seed: int = 1_000_000) -> None:
-    """Print IoU per class, their mean, and agreement with the dense model at keep_ratio 1, 0.5 and 0.25."""
-    model, drawn = AiluRusForSemanticSegmentation.from_pretrained(checkpoint).eval(), draw_scenes(first_seed, scenes)
-    inputs, truth = prepare([s.image for s in drawn], return_tensors="pt"), np.stack([s.labels for s in drawn])
-    dense: Any = None
-    for keep_ratio in (1.0, 0.5, 0.25):
-        model.config.keep_ratio = keep_ratio
-        predicted = np.concatenate([model(pixels).logits.argmax(1).numpy() for pixels in inputs.pixel_values.split(1)])
-        dense = predicted if dense is None else dense
-        table = np.bincount((truth * 9 + predicted).ravel(), minlength=81).reshape(9, 9)
-        iou = np.diag(table) / np.maximum(table.sum(0) + table.sum(1) - np.diag(table), 1)
-        print(f"keep_ratio {keep_ratio}: mIoU {iou.mean():.4f}, agreement with dense {(predicted == dense).mean():.4f}")
-        print("  " + "  ".join(f"{name} {value:.3f}" for name, value in zip(CLASS_NAMES, iou, strict=True)))
+def draw(out: Path, scenes: int = 200, first_seed: int = 1_000_000) -> None:
+    """Write scenes with their label maps for `ailurus-hf evaluate`: OUT/images/SEED.png and OUT/labels/SEED.png."""
+    for folder in ("images", "labels"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    for seed, scene in enumerate(draw_scenes(first_seed, scenes), start=first_seed):
+        Image.fromarray(scene.image).save(out / "images" / f"{seed}.png")
+        Image.fromarray(scene.labels).save(out / "labels" / f"{seed}.png")
 
 
 if __name__ == "__main__":

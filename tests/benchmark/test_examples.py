@@ -3,10 +3,14 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import SamVisionConfig, SamVisionModel, ViTConfig, ViTModel
 
 from ailurus_hf import AiluRusForSemanticSegmentation
+from ailurus_hf.data import LabelRule, SegmentationFolder
+from ailurus_hf.data.label_maps import pair_files
+from ailurus_hf.demo.scenes import draw_scene
 from tests.factories import tiny_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -54,3 +58,11 @@ def test_training(tmp_path, capsys):
     tiny_model(AiluRusForSemanticSegmentation).save_pretrained(tmp_path)
     load("benchmark_training").main(str(tmp_path), 48, 48, 1, [0.5], rounds=1)
     assert "0.5" in capsys.readouterr().out
+
+
+def test_scenes_are_drawn_for_evaluate(tmp_path):
+    load("train_demo").draw(tmp_path, scenes=2, first_seed=5)
+    sample = SegmentationFolder(pair_files(tmp_path / "images", tmp_path / "labels"), LabelRule(9))[1]
+    expected = draw_scene(6)
+    assert (np.asarray(sample.image) == expected.image).all()
+    assert (sample.labels == expected.labels).all()
