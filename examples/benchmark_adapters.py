@@ -124,12 +124,14 @@ class Stopwatch:
 
 
 @torch.inference_mode()
-def measure(name, rounds, dtype, compiled):
+def measure(name, rounds, dtype, compiled, grouping):
     """Seconds of every variant round by round, and the two shares; no shares where the variants are compiled."""
     build, size = MODELS[name]
     torch.manual_seed(0)
     plain, pixels = build().eval().to(dtype), torch.randn(1, 3, *size, dtype=dtype)
-    variants = {"plain": plain} | {ratio: apply_ailurus(deepcopy(plain), keep_ratio=ratio) for ratio in (0.5, 0.25)}
+    variants = {"plain": plain}
+    for ratio in (0.5, 0.25):
+        variants[ratio] = apply_ailurus(deepcopy(plain), keep_ratio=ratio, grouping=grouping)
     adapter = controller.controllers_of(variants[0.25])[0]
     merging, encoder = Stopwatch(), Stopwatch()
     functions = [(place, function, getattr(place, function)) for place, function in MERGING]
@@ -162,6 +164,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="How often each is run.")] = 3,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     compiled: Annotated[bool, typer.Option("--compiled", help="Compile plain and adapted models; no shares.")] = False,
+    grouping: Annotated[str, typer.Option(help="region_merging, density_peaks or grid.")] = "region_merging",
 ) -> None:
     title = f"{dtype}, one image, {torch.get_num_threads()} threads" + ", compiled" * compiled
     table = Table(title=title, title_justify="left")
@@ -169,7 +172,7 @@ def main(
     for heading in ("model", "size", "plain ms", "half (quartiles)", "quarter (quartiles)", *shares):
         table.add_column(heading, justify="right")
     for name in models or MODELS:
-        seconds, shares = measure(name, rounds, getattr(torch, dtype), compiled)
+        seconds, shares = measure(name, rounds, getattr(torch, dtype), compiled, grouping)
         gains = [speed_up(seconds["plain"], seconds[ratio]) for ratio in (0.5, 0.25)]
         table.add_row(
             name, "{} x {}".format(*MODELS[name][1]), f"{1e3 * median(seconds['plain']):.0f}",

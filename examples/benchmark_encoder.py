@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ailurus_hf import AiluRusConfig, AiluRusModel
 from ailurus_hf.benchmark import count_flops, speed_up, time_side_by_side
-from ailurus_hf.modeling.reduction import reduce_sequence
+from ailurus_hf.modeling.reduction import ReductionContext, reduce_sequence
 from ailurus_hf.modeling.settings import resolve_num_groups
 
 SIZES = {  # hidden size, layers, heads
@@ -33,7 +33,7 @@ def main(
     image_size: Annotated[int, typer.Option(help="Side of the image in pixels.")] = 640,
     batch_size: Annotated[int, typer.Option(help="Images per forward.")] = 1,
     keep_ratio: Annotated[list[float], typer.Option(help="Budget; repeat for several.")] = [0.5, 0.25],  # noqa: B006
-    grouping: Annotated[str, typer.Option(help="density_peaks or grid.")] = "density_peaks",
+    grouping: Annotated[str, typer.Option(help="region_merging, density_peaks or grid.")] = "region_merging",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Weights and images.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile; as CUDA graphs on a GPU.")] = False,
@@ -61,7 +61,8 @@ def main(
     def merge_and_unfold(ratio: float) -> None:
         num_tokens = config.grid_size[0] * config.grid_size[1]
         kept = resolve_num_groups(num_tokens, ratio)
-        reduction = reduce_sequence(hidden_states, config.grid_size, kept, config, num_prefix=1)
+        context = ReductionContext(norm=model.layers[config.num_dense_layers].layernorm_before)
+        reduction = reduce_sequence(hidden_states, config.grid_size, kept, config, context, num_prefix=1)
         reduction.restore(reduction.tokens)
 
     for ratio in ratios[1:]:

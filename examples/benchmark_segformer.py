@@ -34,7 +34,8 @@ def main(
     height: int = 512,
     width: int = 1024,
     rounds: int = 7,
-    cluster_layer: int = 2,
+    grouping: str = "region_merging",
+    cluster_layer: int | None = None,
     device: str = "cpu",
     dtype: str = "float32",
 ) -> None:
@@ -43,7 +44,7 @@ def main(
             "depths": DEPTHS[name], "hidden_sizes": (64, 128, 320, 512), "num_attention_heads": (1, 2, 5, 8),
             "decoder_hidden_size": 768, "num_labels": 19,
         }  # fmt: skip
-        config = AiluRusSegformerConfig(**shape, cluster_layer=cluster_layer, upsample_logits=False)
+        config = AiluRusSegformerConfig(**shape, grouping=grouping, cluster_layer=cluster_layer, upsample_logits=False)
         settings = {"device": device, "dtype": getattr(torch, dtype)}
         model = AiluRusSegformerForSemanticSegmentation(config).to(**settings).eval().requires_grad_(False)
         native = SegformerForSemanticSegmentation(SegformerConfig(**shape)).to(**settings).eval().requires_grad_(False)

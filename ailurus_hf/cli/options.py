@@ -34,6 +34,12 @@ CompressedSize = Annotated[
         show_default="the model's",
     ),
 ]
+Grouping = Annotated[
+    str | None,
+    typer.Option(
+        help="How tokens are grouped: region_merging, density_peaks (the paper's) or grid.", show_default="the model's"
+    ),
+]
 ClusterLayer = Annotated[
     int | None,
     typer.Option(help="Layers that run on all tokens before they are grouped.", show_default="the model's"),

@@ -13,6 +13,7 @@ from .options import (
     CompressedSize,
     Device,
     Dtype,
+    Grouping,
     Json,
     KeepRatio,
     Model,
@@ -37,6 +38,7 @@ def predict(
     ),
     keep_ratio: KeepRatio = None,
     compressed_size: CompressedSize = None,
+    grouping: Grouping = None,
     cluster_layer: ClusterLayer = None,
     sliding_window: SlidingWindow = False,
     recursive: Annotated[
@@ -63,8 +65,15 @@ def predict(
     names = _names(images, out, recursive)
     check_equal_names(list(names), list(names.values()), "be written as {}.*")
     check_output_directory(out, overwrite=True)  # it would be a pity to find out after the model has run
-    settings = {"keep_ratio": keep_ratio, "compressed_size": compressed_size, "cluster_layer": cluster_layer}
-    network = load_on_device(model, device, dtype, **settings)
+    network = load_on_device(
+        model,
+        device,
+        dtype,
+        keep_ratio=keep_ratio,
+        compressed_size=compressed_size,
+        grouping=grouping,
+        cluster_layer=cluster_layer,
+    )
     processor, palette = load_processor(model), model_palette(network.config)
     classes = class_names(network.config.id2label, network.config.num_labels)
     reports, skipped, before = [], [], 0

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import ClusterLayer, Device, Dtype, KeepRatio, Model, load_on_device, load_processor
+from .options import ClusterLayer, Device, Dtype, Grouping, KeepRatio, Model, load_on_device, load_processor
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,6 +21,7 @@ def visualize(
         "adaptive_resolution.png"
     ),
     keep_ratio: KeepRatio = None,
+    grouping: Grouping = None,
     cluster_layer: ClusterLayer = None,
     device: Device = "auto",
     dtype: Dtype = None,
@@ -34,7 +35,8 @@ def visualize(
     if out.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--out must end in .png, .pdf or .svg, got {out}")
     picture = read_image(image)
-    network = load_on_device(model, device, dtype, keep_ratio=keep_ratio, cluster_layer=cluster_layer)
+    settings = {"keep_ratio": keep_ratio, "grouping": grouping, "cluster_layer": cluster_layer}
+    network = load_on_device(model, device, dtype, **settings)
     if not hasattr(network.config, "keep_ratio"):
         raise ValueError(
             f"--model {model} is a {type(network).__name__}, which merges no tokens: there are no clusters to draw; "

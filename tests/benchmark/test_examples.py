@@ -41,7 +41,7 @@ def test_adapters(name):
         "sam": (lambda: SamVisionModel(sam), (64, 64)),
     }
     script.MODELS[name] = models[name]
-    seconds, shares = script.measure(name, 1, script.torch.float32, False)
+    seconds, shares = script.measure(name, 1, script.torch.float32, False, "region_merging")
     assert len(seconds[0.25]) == 1
     assert 0 < shares[0] < 5
     assert shares[1] < 1

@@ -303,6 +303,17 @@ def test_visualize_writes_a_figure(capfd):
         assert figure.size[0] > 500
 
 
+def test_methods_one_word_away(capfd):
+    picture, labels = ("pictures/first.png", "--model", "model", "--grouping"), []
+    for grouping in ("region_merging", "density_peaks"):
+        assert run(capfd, "visualize", *picture, grouping, "--out", f"{grouping}.png")[0] == 0
+        assert run(capfd, "predict", *picture, grouping, "--out", grouping)[0] == 0
+        with Image.open(f"{grouping}/first.labels.png") as image:
+            labels.append(np.asarray(image))
+    assert (labels[0] != labels[1]).any()
+    assert "must be one of" in refused(capfd, "predict", *picture, "best")
+
+
 def test_visualize_refuses_other_formats(capfd):
     line = refused(capfd, "visualize", "pictures/first.png", "--model", "model", "--out", "f.txt")
     assert "--out must end in .png, .pdf or .svg, got f.txt" in line
