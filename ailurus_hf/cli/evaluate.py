@@ -184,7 +184,7 @@ def _print_table(report: "EvaluationReport", where: str) -> None:
         speed = f"{row['speed_up']:.2f} ({row['speed_up_low']:.2f} to {row['speed_up_high']:.2f})"
         quality = (_number(row[name]) for name in scores)
         settings = (_named(row[name]) for name in report.settings())
-        spread = (f"{row[f'{name}_low']:+.4f} to {row[f'{name}_high']:+.4f}" for name in shown)
+        spread = (_interval(row[f"{name}_low"], row[f"{name}_high"], name != "agreement") for name in shown)
         table.add_row(*settings, *quality, *spread, gflops, f"{row['ms_per_picture']:.0f}", speed)
     _print(table)
 
@@ -200,6 +200,10 @@ def _print_classes(report: "EvaluationReport") -> None:
 
 def _named(setting: float | str | None) -> str:
     return f"{setting:.4g}" if isinstance(setting, float) else str(setting or "")
+
+
+def _interval(low: float, high: float, signed: bool) -> str:
+    return f"{low:+.4f} to {high:+.4f}" if signed else f"{low:.4f} to {high:.4f}"
 
 
 def _numbers(heading: str) -> Column:
