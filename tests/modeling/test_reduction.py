@@ -11,6 +11,7 @@ from torch import nn
 
 from ailurus_hf import AiluRusForSemanticSegmentation, AiluRusModel, AiluRusSegformerModel, apply_ailurus
 from ailurus_hf.budget import with_budget
+from ailurus_hf.modeling import grouping_region_merging
 from ailurus_hf.modeling.reduction import (
     GROUPINGS,
     Grouping,
@@ -271,6 +272,34 @@ def test_what_is_merged_merges_again():
         plain = model(images).last_hidden_state
     model.config.keep_ratio = 1.0
     assert torch.equal(model(images).last_hidden_state, plain)
+
+
+def test_merging_again_in_one_graph_and_exported(monkeypatch):
+    monkeypatch.setattr(grouping_region_merging, "NUM_ROUNDS", 2)  # a graph for every round takes its time to trace
+    model, images = tiny_model(AiluRusModel, places=TWICE), random_images(3)
+    expected = model(images).last_hidden_state
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images).last_hidden_state, expected)
+    batch = torch.export.Dim("batch", min=2, max=16)
+    exported = torch.export.export(model, (random_images(2),), dynamic_shapes=({0: batch},)).module()
+    torch.testing.assert_close(exported(images).last_hidden_state, expected)
+
+
+def test_merging_again_image_by_image_and_backward():
+    model, images = tiny_model(AiluRusModel, places=TWICE).double(), random_images(3).double()
+    expected = model(images).last_hidden_state
+    for index in range(3):
+        torch.testing.assert_close(model(images[index, None]).last_hidden_state[0], expected[index])
+    model.activation_checkpointing_enable()
+    model.train()
+    model(images).last_hidden_state.square().mean().backward()
+    checkpointed = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.activation_checkpointing_disable()
+    model(images).last_hidden_state.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(checkpointed[name], parameter.grad)
+        assert parameter.grad.any()
 
 
 def test_the_second_merge_is_that_of_the_grid_it_stands_for():
