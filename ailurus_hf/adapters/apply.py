@@ -84,7 +84,12 @@ def remove_ailurus(model: nn.Module) -> nn.Module:
 
     Returns:
         The model that was given.
+
+    Raises:
+        TypeError: it is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
     for controller in controllers_of(model):
         controller.remove()
     _forget_settings(model)

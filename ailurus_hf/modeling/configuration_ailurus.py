@@ -1,5 +1,6 @@
 """Configuration of the AiluRus models."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict, validated_field
@@ -8,7 +9,22 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 from .class_colours import ClassColoursMixin
-from .settings import AdaptiveResolutionMixin, at_least, between_zero_and_one, finite, odd, one_of
+from .settings import (
+    AdaptiveResolutionMixin,
+    activation,
+    at_least,
+    below_one,
+    between_zero_and_one,
+    finite,
+    finite_above_zero,
+    finite_from_zero,
+    finite_or_none,
+    in_unit_interval,
+    odd,
+    one_of,
+    side_or_sides,
+    warn_of_misspelt,
+)
 
 
 @strict
@@ -36,8 +52,8 @@ class AiluRusDecodeHeadConfig(PreTrainedConfig):
     num_layers: int = validated_field(at_least(1), default=2)
     num_attention_heads: int | None = validated_field(at_least(1), default=None)
     intermediate_size: int | None = validated_field(at_least(1), default=None)
-    layer_norm_eps: float | None = None
-    dropout_prob: float | int = 0.1
+    layer_norm_eps: float | None = validated_field(finite_above_zero, default=None)
+    dropout_prob: float | int = validated_field(in_unit_interval(include_zero=True), default=0.1)
     hidden_size: int | None = validated_field(at_least(1), default=None)
     kernel_size: int = validated_field(odd, default=3)
     upscale: int = validated_field(at_least(1), default=2)
@@ -112,24 +128,24 @@ class AiluRusConfig(ClassColoursMixin, AdaptiveResolutionMixin, BackboneConfigMi
     sub_configs: ClassVar[dict[str, Any]] = {"decode_head": AiluRusDecodeHeadConfig}
     aliases: ClassVar[dict[str, str]] = _OLD_NAMES  # read, set and given like fields
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
+    hidden_size: int = validated_field(at_least(1), default=768)
+    num_hidden_layers: int = validated_field(at_least(1), default=12)
+    num_attention_heads: int = validated_field(at_least(1), default=12)
+    intermediate_size: int = validated_field(at_least(1), default=3072)
+    hidden_act: str = validated_field(activation, default="gelu")
     use_swiglu_ffn: bool = False
-    hidden_dropout_prob: float | int = 0.0
-    attention_probs_dropout_prob: float | int = 0.0
-    drop_path_rate: float | int = 0.0
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-6
-    image_size: int | list[int] | tuple[int, int] = 224
+    hidden_dropout_prob: float | int = validated_field(in_unit_interval(include_zero=True), default=0.0)
+    attention_probs_dropout_prob: float | int = validated_field(in_unit_interval(include_zero=True), default=0.0)
+    drop_path_rate: float | int = validated_field(below_one, default=0.0)
+    initializer_range: float = validated_field(finite_from_zero, default=0.02)
+    layer_norm_eps: float = validated_field(finite_above_zero, default=1e-6)
+    image_size: int | list[int] | tuple[int, int] = validated_field(side_or_sides, default=224)
     patch_size: int = validated_field(at_least(1), default=16)
     num_channels: int = validated_field(at_least(1), default=3)
     patch_bias: bool = True
     qkv_bias: bool = True
     use_qk_norm: bool = False
-    layerscale_value: float | None = None
+    layerscale_value: float | None = validated_field(finite_or_none, default=None)
     use_cls_token: bool = True
     use_distillation_token: bool = False
     num_register_tokens: int = validated_field(at_least(0), default=0)
@@ -157,10 +173,15 @@ class AiluRusConfig(ClassColoursMixin, AdaptiveResolutionMixin, BackboneConfigMi
     def __post_init__(self, **kwargs: Any) -> None:
         head = {new: kwargs.pop(old) for old, new in self.aliases.items() if old in kwargs}
         if not isinstance(self.decode_head, PreTrainedConfig):
+            given = {} if self.decode_head is None else self.decode_head
+            if not isinstance(given, Mapping):
+                wrong = TypeError(f"must be a configuration or a dictionary of its fields, got {given!r}")
+                raise StrictDataclassFieldValidationError("decode_head", wrong)
             try:
-                self.decode_head = AiluRusDecodeHeadConfig(**{**(self.decode_head or {}), **head})
+                self.decode_head = AiluRusDecodeHeadConfig(**{**given, **head})
             except StrictDataclassError as error:
                 raise StrictDataclassFieldValidationError("decode_head", error) from error
+        warn_of_misspelt(self, kwargs)
         self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)

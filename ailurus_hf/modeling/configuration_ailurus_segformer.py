@@ -7,7 +7,20 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 from .class_colours import ClassColoursMixin
-from .settings import StageResolutionMixin, at_least, between_zero_and_one, one_of, positive
+from .settings import (
+    StageResolutionMixin,
+    activation,
+    at_least,
+    below_one,
+    between_zero_and_one,
+    finite_above_zero,
+    finite_from_zero,
+    in_unit_interval,
+    one_of,
+    positive,
+    side_or_sides,
+    warn_of_misspelt,
+)
 
 # Settings with one value per stage, besides `stage_keep_ratios`.
 _PER_STAGE = ("depths", "hidden_sizes", "num_attention_heads", "sr_ratios", "patch_sizes", "strides", "mlp_ratios")
@@ -65,19 +78,19 @@ class AiluRusSegformerConfig(ClassColoursMixin, StageResolutionMixin, BackboneCo
     patch_sizes: list[int] | tuple[int, ...] = validated_field(positive, default=(7, 3, 3, 3))
     strides: list[int] | tuple[int, ...] = validated_field(positive, default=(4, 2, 2, 2))
     mlp_ratios: list[float | int] | tuple[float | int, ...] = validated_field(positive, default=(4, 4, 4, 4))
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float | int = 0.0
-    attention_probs_dropout_prob: float | int = 0.0
-    drop_path_rate: float | int = 0.1
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-6
-    patch_norm_eps: float | None = None
-    reduction_norm_eps: float | None = None
-    image_size: int | list[int] | tuple[int, int] = validated_field(positive, default=512)
+    hidden_act: str = validated_field(activation, default="gelu")
+    hidden_dropout_prob: float | int = validated_field(in_unit_interval(include_zero=True), default=0.0)
+    attention_probs_dropout_prob: float | int = validated_field(in_unit_interval(include_zero=True), default=0.0)
+    drop_path_rate: float | int = validated_field(below_one, default=0.1)
+    initializer_range: float = validated_field(finite_from_zero, default=0.02)
+    layer_norm_eps: float = validated_field(finite_above_zero, default=1e-6)
+    patch_norm_eps: float | None = validated_field(finite_above_zero, default=None)
+    reduction_norm_eps: float | None = validated_field(finite_above_zero, default=None)
+    image_size: int | list[int] | tuple[int, int] = validated_field(side_or_sides, default=512)
     decoder_type: str = validated_field(one_of("linear", "conv"), default="linear")
     decoder_hidden_size: int = validated_field(at_least(1), default=768)
-    batch_norm_eps: float = 1e-5
-    classifier_dropout_prob: float | int = 0.1
+    batch_norm_eps: float = validated_field(finite_above_zero, default=1e-5)
+    classifier_dropout_prob: float | int = validated_field(in_unit_interval(include_zero=True), default=0.1)
     upsample_logits: bool = True
     semantic_loss_ignore_index: int = 255
     binary_threshold: float = validated_field(between_zero_and_one, default=0.5)
@@ -88,6 +101,7 @@ class AiluRusSegformerConfig(ClassColoursMixin, StageResolutionMixin, BackboneCo
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        warn_of_misspelt(self, kwargs)
         self.stage_names = [f"stage{index}" for index in range(1, len(self.depths) + 1)]
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)

@@ -7,7 +7,20 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 from .class_colours import ClassColoursMixin
-from .settings import CompressedSizeMixin, at_least, between_zero_and_one, one_of, positive
+from .settings import (
+    CompressedSizeMixin,
+    activation,
+    at_least,
+    below_one,
+    between_zero_and_one,
+    finite_above_zero,
+    finite_from_zero,
+    in_unit_interval,
+    one_of,
+    positive,
+    side_or_sides,
+    warn_of_misspelt,
+)
 
 Size = int | list[int] | tuple[int, ...]  # of the compressed tokens, as `CompressedSizeMixin` has it
 Grid = tuple[int, ...]
@@ -62,18 +75,18 @@ class LookupViTConfig(ClassColoursMixin, CompressedSizeMixin, BackboneConfigMixi
     model_type = "lookupvit"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["hidden_states", "attentions", "compressed_hidden_state"]
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    mlp_ratio: float | int = 4
-    lookup_mlp_divisor: float | int = 2
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float | int = 0.0
-    attention_probs_dropout_prob: float | int = 0.0
-    drop_path_rate: float | int = 0.0
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-6
-    image_size: int | list[int] | tuple[int, int] = 224
+    hidden_size: int = validated_field(at_least(1), default=768)
+    num_hidden_layers: int = validated_field(at_least(1), default=12)
+    num_attention_heads: int = validated_field(at_least(1), default=12)
+    mlp_ratio: float | int = validated_field(finite_above_zero, default=4)
+    lookup_mlp_divisor: float | int = validated_field(finite_above_zero, default=2)
+    hidden_act: str = validated_field(activation, default="gelu")
+    hidden_dropout_prob: float | int = validated_field(in_unit_interval(include_zero=True), default=0.0)
+    attention_probs_dropout_prob: float | int = validated_field(in_unit_interval(include_zero=True), default=0.0)
+    drop_path_rate: float | int = validated_field(below_one, default=0.0)
+    initializer_range: float = validated_field(finite_from_zero, default=0.02)
+    layer_norm_eps: float = validated_field(finite_above_zero, default=1e-6)
+    image_size: int | list[int] | tuple[int, int] = validated_field(side_or_sides, default=224)
     patch_size: int = validated_field(at_least(1), default=16)
     num_channels: int = validated_field(at_least(1), default=3)
     num_frames: int = validated_field(at_least(1), default=1)
@@ -90,6 +103,7 @@ class LookupViTConfig(ClassColoursMixin, CompressedSizeMixin, BackboneConfigMixi
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        warn_of_misspelt(self, kwargs)
         self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)

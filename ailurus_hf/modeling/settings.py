@@ -7,6 +7,7 @@ forward: those of the configuration, under those of the contexts around it (`ove
 import difflib
 import math
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from huggingface_hub.dataclasses import strict, validated_field
 from huggingface_hub.errors import StrictDataclassError
+from transformers.activations import ACT2FN
 
 
 def at_least(minimum: int) -> Any:
@@ -60,7 +62,42 @@ def finite(value: float) -> None:
         raise ValueError(f"must be finite, got {value}")
 
 
+def below_one(value: float) -> None:
+    if not 0 <= value < 1:  # written so that NaN fails too
+        raise ValueError(f"must be at least 0 and below 1, got {value}")
+
+
+def finite_above_zero(value: float | None) -> None:
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"must be finite and above 0, got {value}")
+
+
+def finite_from_zero(value: float | None) -> None:
+    if value is not None and not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"must be finite and at least 0, got {value}")
+
+
+def finite_or_none(value: float | None) -> None:
+    if value is not None:
+        finite(value)
+
+
+def activation(name: str) -> None:
+    if name not in ACT2FN:
+        close = difflib.get_close_matches(name, ACT2FN, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f", such as 'gelu'; one of {', '.join(ACT2FN)}"
+        raise ValueError(f"must be an activation that transformers knows, got {name!r}{hint}")
+
+
+def side_or_sides(value: Any) -> None:
+    positive(value)
+    if not isinstance(value, int) and len(value) != 2:
+        raise ValueError(f"must be one number or (height, width), got {value}")
+
+
 def positive(values: Any) -> None:
+    if not isinstance(values, int) and not len(values):
+        raise ValueError(f"must hold at least one number above 0, got {values}")
     for value in [values] if isinstance(values, int) else values:
         if not value > 0:
             raise ValueError(f"must hold numbers above 0, got {value}")
@@ -358,6 +395,20 @@ def refuse_unknown(caller: str, given: Iterable[str], known: Sequence[str]) -> N
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise TypeError(f"{caller} got an unexpected keyword argument {name!r}{hint}")
+
+
+def warn_of_misspelt(config: Any, given: Iterable[str]) -> None:
+    """Warn of names that a configuration does not know and that look like one of its fields: transformers keeps any
+    name, so a misspelt field would do nothing."""
+    names = [field.name for field in fields(config)]
+    for name in given:
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.85)
+        if close and name not in names and not hasattr(type(config), name):
+            warnings.warn(
+                f"{type(config).__name__} has no field {name!r}, which changes nothing; did you mean {close[0]!r}?",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 def overrides_of(owner: object) -> Overrides:

@@ -175,6 +175,11 @@ def test_removing_leaves_what_is_not_of_transformers_alone(vit):
     assert not hasattr(vit.config, "ailurus")
 
 
+def test_removing_from_nothing():
+    with pytest.raises(TypeError, match="model must be a torch module, got NoneType"):
+        remove_ailurus(None)
+
+
 def test_an_attention_that_cannot_learn_sizes():
     siglip = SiglipVisionModel(SiglipVisionConfig(**{**TINY, "image_size": 64}))
     siglip.config._attn_implementation = "flash_attention_2"

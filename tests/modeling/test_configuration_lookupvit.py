@@ -71,7 +71,7 @@ def test_refuses_compressed_grids(grid, size, message):
         ({"compressed_sizes": (7, 9)}, "compressed_sizes must hold a size that fits the grid of 6 x 6 tokens, got"),
         ({"num_attention_heads": 5}, "hidden_size must be a multiple of num_attention_heads=5, got 32"),
         ({"lookup_mlp_divisor": 64}, "lookup_mlp_divisor must leave a hidden layer of width 1 or more, got 64"),
-        ({"mlp_ratio": 0}, "mlp_ratio must leave a hidden layer"),
+        ({"mlp_ratio": 0}, "finite and above 0, got 0"),
         ({"image_size": 7}, "image_size must hold at least one patch of patch_size=8, got 7"),
         ({"num_frames": 5, "tubelet_size": 2}, "num_frames must be a multiple of tubelet_size=2, got 5"),
         ({"pooling": "cls"}, "must be one of 'both', 'compressed', 'lookup', got 'cls'"),
