@@ -85,7 +85,11 @@ def _flat_edges(grid: tuple[int, ...], batch_size: int, device: torch.device) ->
     for each end the place of the other one in that table, and the tokens (batch_size * N,); all int64."""
     first_token = torch.arange(batch_size, device=device)[:, None, None] * math.prod(grid)
     ends = (torch.stack(grid_edges(grid, device), dim=1) + first_token).flatten()
-    return ends, torch.arange(len(ends), device=device) ^ 1, torch.arange(batch_size * math.prod(grid), device=device)
+    return (
+        ends,
+        torch.arange(ends.numel(), device=device) ^ 1,
+        torch.arange(batch_size * math.prod(grid), device=device),
+    )
 
 
 @torch.no_grad()
