@@ -22,7 +22,7 @@ class OperationCounter(TorchDispatchMode):
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not (_is_view(func) or func.overloadpacket in _FREE):
+        if not (is_view(func) or func.overloadpacket in _FREE):
             self.counts[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
 
@@ -37,6 +37,7 @@ _FREE = {
 }
 
 
-def _is_view(operation: torch._ops.OpOverload) -> bool:
+def is_view(operation: torch._ops.OpOverload) -> bool:
+    """Whether the results alias arguments that are not written to."""
     returns = [result.alias_info for result in operation._schema.returns]
     return bool(returns) and all(alias is not None and not alias.is_write for alias in returns)

@@ -24,12 +24,14 @@ class TokenGroups(NamedTuple):
         sizes: (batch_size, M) int64, number of members; every group has at least one.
         representatives: (batch_size, M) int64, index of the token that stands for each group.
         order: (batch_size, N) int64, token indices sorted by group, in increasing order within a group.
+        starts: (batch_size, M) int64, where in `order` the members of each group begin.
     """
 
     assignment: Tensor
     sizes: Tensor
     representatives: Tensor
     order: Tensor
+    starts: Tensor
 
 
 def group_tokens(assignment: Tensor, num_groups: int, representatives: Tensor | None = None) -> TokenGroups:
@@ -41,13 +43,14 @@ def group_tokens(assignment: Tensor, num_groups: int, representatives: Tensor | 
         representatives: (batch_size, M) int64; each group's first member when None.
     """
     ordered, order = assignment.sort(dim=1, stable=True)
-    starts = torch.searchsorted(ordered, table(_bounds, num_groups, assignment.shape[0], like=assignment))
+    bounds = torch.searchsorted(ordered, table(_group_bounds, num_groups, assignment.shape[0], like=assignment))
+    starts = bounds[:, :-1]
     if representatives is None:
-        representatives = order.gather(1, starts[:, :-1])
-    return TokenGroups(assignment, starts.diff(dim=1), representatives, order)
+        representatives = order.gather(1, starts)
+    return TokenGroups(assignment, bounds.diff(dim=1), representatives, order, starts)
 
 
-def _bounds(num_groups: int, batch_size: int, device: torch.device) -> Tensor:
+def _group_bounds(num_groups: int, batch_size: int, device: torch.device) -> Tensor:
     return torch.arange(num_groups + 1, device=device).repeat(batch_size, 1)
 
 
@@ -58,11 +61,10 @@ def merge_tokens(tokens: Tensor, groups: TokenGroups) -> Tensor:
     one keeps its token's exact bits.
     """
     batch_size, num_tokens, hidden_size = tokens.shape
-    first_member = groups.sizes.cumsum(1) - groups.sizes
     merged = F.embedding_bag(
         flat_index(groups.order, num_tokens).flatten(),
         _summable(tokens).reshape(-1, hidden_size),
-        flat_index(first_member, num_tokens).flatten(),
+        flat_index(groups.starts, num_tokens).flatten(),
         mode="mean",
     )
     return merged.view(batch_size, -1, hidden_size).to(tokens.dtype)
@@ -103,10 +105,16 @@ def table(build: Callable[..., _Table], *arguments: Any, like: Tensor) -> _Table
     """`build(*arguments, device)` for tensors that go with `like`, made once and kept. What depends on the arguments
     alone, such as the neighbours on a grid, need not be made in every forward. Nobody may write into a table."""
     capturing = like.device.type == "cuda" and torch.cuda.is_current_stream_capturing()  # memory of a CUDA graph
+    # What is built in a graph, or under the mode of a fake tensor, is fake.
     if torch.compiler.is_compiling() or type(like) is not Tensor or capturing:
         return build(*arguments, like.device)
     with torch.inference_mode(False):
-        return _kept(build, *arguments, like.device)
+        return kept(build, *arguments, like.device)
+
+
+def kept(build: Callable[..., _Table], *arguments: Any) -> _Table:
+    """`build(*arguments)`, made once and kept; in a graph, of which it becomes a part, made there."""
+    return build(*arguments) if torch.compiler.is_compiling() else _kept(build, *arguments)
 
 
 @lru_cache(maxsize=32)
