@@ -70,53 +70,50 @@ def neighborhood_distances(
         (batch_size, num_offsets, N), infinite where the neighbour is outside the grid.
     """
     batch_size, num_tokens, hidden_size = tokens.shape
-    parts = kept(_parts, grid, offsets, _differences_at_once(tokens))
-    places, nothing = table(_places, grid, offsets, parts, tokens.dtype, like=tokens)
+    bands = kept(_bands, grid, offsets, _differences_at_once(tokens))
+    places, nothing = table(_places, grid, offsets, bands, tokens.dtype, like=tokens)
     weight = table(_spatial_weight, len(offsets), spatial_alpha, hidden_size, tokens.dtype, like=tokens)
     # The neighbours of a token along the last axis stand beside each other, for the next token one further: windows.
     margin = max(abs(offset[-1]) for offset in offsets)
     padded = F.pad(tokens, (0, 0, margin, margin))
     squares = []
-    for part in parts:
-        here = padded[:, None, margin + part.start : margin + part.start + part.length]
-        first = margin + part.start + part.shift
-        there = padded[:, first : first + part.length + part.count - 1].unfold(1, part.length, 1).transpose(2, 3)
-        squares.append(F.mse_loss(here.expand_as(there), there, reduction="none").sum(-1).flatten(1))
+    for band in bands:
+        for start in range(0, band.length, band.block):
+            length, begin = min(band.block, band.length - start), margin + start
+            here = padded[:, None, begin : begin + length]
+            there = padded[:, begin + band.shift : begin + band.shift + length + band.count - 1]
+            there = there.unfold(1, length, 1).transpose(2, 3)
+            squares.append(F.mse_loss(here.expand_as(there), there, reduction="none").sum(-1).flatten(1))
     pairs = torch.cat([*squares, nothing.expand(batch_size, 1)], dim=1).sqrt_()
     distances = pairs.gather(1, places.expand(batch_size, -1)).view(batch_size, len(offsets), num_tokens)
     return distances.mul_(weight)
 
 
-class _Part(NamedTuple):
-    """Pairs whose distances are computed together: the tokens i of a range, each with the tokens i + shift + n."""
+class _Band(NamedTuple):
+    """Pairs of the tokens i < length, so many of them together, with the tokens i + shift + n."""
 
-    start: int  # of the range
     length: int
+    block: int
     shift: int
     count: int  # of n
 
 
-def _parts(grid: tuple[int, ...], offsets: tuple[tuple[int, ...], ...], most: int) -> tuple[_Part, ...]:
-    """All pairs of neighbours, each once, in parts of at most so many pairs (or one token's).
+def _bands(grid: tuple[int, ...], offsets: tuple[tuple[int, ...], ...], most: int) -> tuple[_Band, ...]:
+    """All pairs of neighbours, each once, to be computed in parts of at most so many pairs (or one token's).
 
     The distance between two tokens serves both of them, so of two opposite offsets only the one that leads on in the
     grid's order is among them. Pairs across the end of a line come along and serve nobody.
     """
-    num_tokens = math.prod(grid)
     steps: dict[tuple[int, ...], list[int]] = {}  # along the last axis, for those along the others
     for offset in offsets:
         forward = max(offset, tuple(-step for step in offset))
         if all(abs(step) < size for step, size in zip(forward, grid, strict=True)):
             steps.setdefault(forward[:-1], []).append(forward[-1])
-    parts = []
+    bands = []
     for lead, last in steps.items():
-        count = max(last) - min(last) + 1
-        line = _flat_step((*lead, 0), grid)
-        length = num_tokens - line
-        block = max(most // count, 1)
-        for start in range(0, length, block):
-            parts.append(_Part(start, min(block, length - start), line + min(last), count))
-    return tuple(parts)
+        lines, count = _flat_step((*lead, 0), grid), max(last) - min(last) + 1
+        bands.append(_Band(math.prod(grid) - lines, max(most // count, 1), lines + min(last), count))
+    return tuple(bands)
 
 
 def _flat_step(offset: tuple[int, ...], grid: tuple[int, ...]) -> int:
@@ -127,22 +124,24 @@ def _flat_step(offset: tuple[int, ...], grid: tuple[int, ...]) -> int:
 def _places(
     grid: tuple[int, ...],
     offsets: tuple[tuple[int, ...], ...],
-    parts: tuple[_Part, ...],
+    bands: tuple[_Band, ...],
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Where in the row of all parts the distance between a token and its neighbour is, (1, num_offsets * N), the last
+    """Where in the row of all pairs the distance between a token and its neighbour is, (1, num_offsets * N), the last
     place of the row outside the grid; and what stands in that place, (1, 1)."""
     neighbors = neighbor_indices(grid, offsets, device)
     steps = torch.tensor([_flat_step(offset, grid) for offset in offsets], device=device)[:, None]
     first = torch.where(steps > 0, torch.arange(neighbors.shape[1], device=device), neighbors)
-    places = torch.full_like(neighbors, sum(part.length * part.count for part in parts))
+    places = torch.full_like(neighbors, sum(band.length * band.count for band in bands))
     begin = 0
-    for part in parts:
-        token, window = first - part.start, steps.abs() - part.shift
-        inside = (token >= 0) & (token < part.length) & (window >= 0) & (window < part.count) & (neighbors >= 0)
-        places = torch.where(inside, begin + window * part.length + token, places)
-        begin += part.length * part.count
+    for band in bands:
+        window, place = steps.abs() - band.shift, first % band.block
+        length = (band.length - first + place).clamp(max=band.block)  # of the part that the token is in
+        place = begin + (first - place) * band.count + window * length + place
+        inside = (first >= 0) & (first < band.length) & (window >= 0) & (window < band.count) & (neighbors >= 0)
+        places = torch.where(inside, place, places)
+        begin += band.length * band.count
     return places.view(1, -1), torch.full((1, 1), math.inf, dtype=dtype, device=device)
 
 
@@ -156,14 +155,14 @@ def _spatial_weight(
 
 
 def _differences_at_once(tokens: Tensor) -> int:
-    """For how many pairs of tokens (batch_size, N, hidden_size) the differences fit the cache; elsewhere, so many that
-    with a copy of the tokens they take no more memory than the activation of an MLP, four times the tokens; in a graph,
-    where they are never in memory, all."""
+    """How many pairs of tokens (batch_size, N, hidden_size) are subtracted at once: on the CPU few, for the cache;
+    elsewhere so many that with a copy of the tokens they take no more memory than the activation of an MLP, four times
+    the tokens; in a graph, where the differences are never in memory, all."""
     if torch.compiler.is_compiling():
         return tokens.shape[1] ** 2
     if tokens.device.type != "cpu":
         return 3 * tokens.shape[1]
-    return max(_MAX_DIFFERENCES_BLOCK // (tokens[:, 0].numel() or 1), 1)
+    return max(_MAX_DIFFERENCES_BLOCK // (tokens[:, 0].numel() or 1), tokens.shape[1] // 16)
 
 
 def _neighbor_tables(

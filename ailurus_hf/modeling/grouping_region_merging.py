@@ -137,7 +137,8 @@ def merge_regions(
         region = index  # of each token of all images: one of its tokens, the region's root
         if merged is not None:
             features = unfold_tokens(features, merged)
-            region = flat_index(merged.representatives.gather(1, merged.assignment), shape[1]).flatten()
+            roots = flat_index(merged.order.gather(1, merged.starts), shape[1])
+            region = roots.gather(1, merged.assignment).flatten()
         # Edges of protected tokens are contracted last of all, where nothing else is left.
         frozen = None if protect is None else protect.flatten()[edges].view(-1, 2).any(-1)
         # The last column is -1 for a region's root, else 0, so that its mean is -1 over the region's size.

@@ -117,6 +117,6 @@ def kept(build: Callable[..., _Table], *arguments: Any) -> _Table:
     return build(*arguments) if torch.compiler.is_compiling() else _kept(build, *arguments)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=64)
 def _kept(build: Callable[..., _Table], *arguments: Any) -> _Table:
     return build(*arguments)
