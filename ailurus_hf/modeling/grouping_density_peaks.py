@@ -81,7 +81,7 @@ def neighborhood_distances(
         for start in range(0, band.length, band.block):
             length, begin = min(band.block, band.length - start), margin + start
             here = padded[:, None, begin : begin + length]
-            there = padded[:, begin + band.shift : begin + band.shift + length + band.count - 1]
+            there = padded[:, begin + band.shift : begin + band.shift + length + band.width - 1]
             there = there.unfold(1, length, 1).transpose(2, 3)
             squares.append(F.mse_loss(here.expand_as(there), there, reduction="none").sum(-1).flatten(1))
     pairs = torch.cat([*squares, nothing.expand(batch_size, 1)], dim=1).sqrt_()
@@ -95,7 +95,7 @@ class _Band(NamedTuple):
     length: int
     block: int
     shift: int
-    count: int  # of n
+    width: int  # how many n
 
 
 def _bands(grid: tuple[int, ...], offsets: tuple[tuple[int, ...], ...], most: int) -> tuple[_Band, ...]:
@@ -133,15 +133,15 @@ def _places(
     neighbors = neighbor_indices(grid, offsets, device)
     steps = torch.tensor([_flat_step(offset, grid) for offset in offsets], device=device)[:, None]
     first = torch.where(steps > 0, torch.arange(neighbors.shape[1], device=device), neighbors)
-    places = torch.full_like(neighbors, sum(band.length * band.count for band in bands))
+    places = torch.full_like(neighbors, sum(band.length * band.width for band in bands))
     begin = 0
     for band in bands:
         window, place = steps.abs() - band.shift, first % band.block
         length = (band.length - first + place).clamp(max=band.block)  # of the part that the token is in
-        place = begin + (first - place) * band.count + window * length + place
-        inside = (first >= 0) & (first < band.length) & (window >= 0) & (window < band.count) & (neighbors >= 0)
+        place = begin + (first - place) * band.width + window * length + place
+        inside = (first >= 0) & (first < band.length) & (window >= 0) & (window < band.width) & (neighbors >= 0)
         places = torch.where(inside, place, places)
-        begin += band.length * band.count
+        begin += band.length * band.width
     return places.view(1, -1), torch.full((1, 1), math.inf, dtype=dtype, device=device)
 
 
