@@ -9,15 +9,16 @@ The published text fixes the steps; the constants and the exact formulas below a
 
 import math
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils.generic import maybe_autocast
 
-from .token_groups import take_tokens
+from .token_groups import kept, table, take_tokens
 
-_MAX_LINES_BLOCK = 2**19  # most elements of the lines whose distances are computed together (2 MiB)
+_MAX_DIFFERENCES_BLOCK = 2**18  # most elements, on the CPU, of the differences computed together (1 MiB): cached
 _MAX_DISTANCE_BLOCK = 2**22  # most elements, per image, of a block of token-to-representative distances (16 MiB)
 
 
@@ -41,14 +42,15 @@ def _squared_length(offset: tuple[int, ...]) -> int:
 
 def neighbor_indices(grid: tuple[int, ...], offsets: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     """Index of every token's neighbour at every offset: (num_offsets, N) int64, -1 outside the grid."""
-    margin = max(abs(step) for offset in offsets for step in offset)
-    index = torch.arange(math.prod(grid), device=device).view(grid)
-    index = F.pad(index, (margin, margin) * len(grid), value=-1)
-    shifted = [
-        index[tuple(slice(margin + step, margin + step + size) for step, size in zip(offset, grid, strict=True))]
-        for offset in offsets
-    ]
-    return torch.stack(shifted).flatten(1)
+    steps = torch.tensor(offsets, device=device)
+    index = torch.arange(math.prod(grid), device=device)
+    neighbors, exists = index, torch.ones_like(index, dtype=torch.bool)
+    for axis, size in enumerate(grid):
+        rest, step = math.prod(grid[axis + 1 :]), steps[:, axis, None]
+        place = index // rest % size + step
+        exists = exists & (place >= 0) & (place < size)
+        neighbors = neighbors + step * rest
+    return torch.where(exists, neighbors, -1)
 
 
 def neighborhood_distances(
@@ -67,60 +69,110 @@ def neighborhood_distances(
     Returns:
         (batch_size, num_offsets, N), infinite where the neighbour is outside the grid.
     """
-    batch_size, _, hidden_size = tokens.shape
-    tokens = tokens.view(batch_size, *grid, hidden_size)
-    # The distance between two tokens serves both of them, so of two opposite offsets only the first is computed; all of
-    # them for some lines of the grid, while these are in the cache, then for the next lines.
-    halves = [offset for offset in offsets if tuple(-step for step in offset) not in offsets[: offsets.index(offset)]]
-    pairs: dict[tuple[int, ...], list[Tensor]] = {offset: [] for offset in halves}
-    for first in range(0, grid[0], lines := _lines_at_once(tokens)):
-        for offset in halves:
-            here, there = _overlap(offset, grid, range(first, min(first + lines, grid[0])))
-            difference = tokens[(slice(None), *here)] - tokens[(slice(None), *there)]
-            pairs[offset].append(difference.square_().sum(-1).sqrt())
-    by_offset: dict[tuple[int, ...], Tensor] = {}
+    batch_size, num_tokens, hidden_size = tokens.shape
+    bands = kept(_bands, grid, offsets, _differences_at_once(tokens))
+    places, nothing = table(_places, grid, offsets, bands, tokens.dtype, like=tokens)
+    weight = table(_spatial_weight, len(offsets), spatial_alpha, hidden_size, tokens.dtype, like=tokens)
+    # The neighbours of a token along the last axis stand beside each other, for the next token one further: windows.
+    margin = max(abs(offset[-1]) for offset in offsets)
+    padded = F.pad(tokens, (0, 0, margin, margin))
+    squares = []
+    for band in bands:
+        for start in range(0, band.length, band.block):
+            length, begin = min(band.block, band.length - start), margin + start
+            here = padded[:, None, begin : begin + length]
+            there = padded[:, begin + band.shift : begin + band.shift + length + band.width - 1]
+            there = there.unfold(1, length, 1).transpose(2, 3)
+            squares.append(F.mse_loss(here.expand_as(there), there, reduction="none").sum(-1).flatten(1))
+    pairs = torch.cat([*squares, nothing.expand(batch_size, 1)], dim=1).sqrt_()
+    distances = pairs.gather(1, places.expand(batch_size, -1)).view(batch_size, len(offsets), num_tokens)
+    return distances.mul_(weight)
+
+
+class _Band(NamedTuple):
+    """Pairs of the tokens i < length, so many of them together, with the tokens i + shift + n."""
+
+    length: int
+    block: int
+    shift: int
+    width: int  # how many n
+
+
+def _bands(grid: tuple[int, ...], offsets: tuple[tuple[int, ...], ...], most: int) -> tuple[_Band, ...]:
+    """All pairs of neighbours, each once, to be computed in parts of at most so many pairs (or one token's).
+
+    The distance between two tokens serves both of them, so of two opposite offsets only the one that leads on in the
+    grid's order is among them. Pairs across the end of a line come along and serve nobody.
+    """
+    steps: dict[tuple[int, ...], list[int]] = {}  # along the last axis, for those along the others
     for offset in offsets:
-        here, there = _overlap(offset, grid)
-        if offset in pairs:
-            pair = torch.cat(pairs[offset], dim=1)
-        else:
-            pair = by_offset[tuple(-step for step in offset)][(slice(None), *there)]
-        by_offset[offset] = _place(pair, here, grid)
-    distances = torch.stack([by_offset[offset] for offset in offsets], dim=1).flatten(2)
-    rank = torch.arange(1, len(offsets) + 1, device=tokens.device, dtype=tokens.dtype)
-    spatial_weight = spatial_alpha + (1 - spatial_alpha) * rank / len(offsets)
-    return distances * (spatial_weight / math.sqrt(hidden_size))[:, None]
+        forward = max(offset, tuple(-step for step in offset))
+        if all(abs(step) < size for step, size in zip(forward, grid, strict=True)):
+            steps.setdefault(forward[:-1], []).append(forward[-1])
+    bands = []
+    for lead, last in steps.items():
+        lines, count = _flat_step((*lead, 0), grid), max(last) - min(last) + 1
+        bands.append(_Band(math.prod(grid) - lines, max(most // count, 1), lines + min(last), count))
+    return tuple(bands)
 
 
-def _lines_at_once(tokens: Tensor) -> int:
-    """How many lines along the first axis of the grid fit the cache, of tokens (batch_size, *grid, hidden_size); all of
-    them on other devices, and in a graph, which each part would make longer."""
-    if tokens.device.type != "cpu" or torch.compiler.is_compiling():
-        return tokens.shape[1]
-    return max(_MAX_LINES_BLOCK // (tokens[:, 0].numel() or 1), 1)
+def _flat_step(offset: tuple[int, ...], grid: tuple[int, ...]) -> int:
+    """How far on in the grid's order an offset leads."""
+    return sum(step * math.prod(grid[axis + 1 :]) for axis, step in enumerate(offset))
 
 
-def _overlap(
-    offset: tuple[int, ...], grid: tuple[int, ...], lines: range | None = None
-) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Slices of the positions that have a neighbour at `offset`, and of those neighbours; in some lines of the first
-    axis only, if these are given."""
-    here, there = [], []
-    for axis, (step, size) in enumerate(zip(offset, grid, strict=True)):
-        start, length = (max(0, -step), size - abs(step)) if abs(step) < size else (0, 0)
-        if axis == 0 and lines is not None:
-            stop = min(start + length, lines.stop)
-            start = max(start, lines.start)
-            length = max(stop - start, 0)
-        here.append(slice(start, start + length))
-        there.append(slice(start + step, start + step + length) if length else slice(0, 0))
-    return tuple(here), tuple(there)
+def _places(
+    grid: tuple[int, ...],
+    offsets: tuple[tuple[int, ...], ...],
+    bands: tuple[_Band, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Where in the row of all pairs the distance between a token and its neighbour is, (1, num_offsets * N), the last
+    place of the row outside the grid; and what stands in that place, (1, 1)."""
+    neighbors = neighbor_indices(grid, offsets, device)
+    steps = torch.tensor([_flat_step(offset, grid) for offset in offsets], device=device)[:, None]
+    first = torch.where(steps > 0, torch.arange(neighbors.shape[1], device=device), neighbors)
+    places = torch.full_like(neighbors, sum(band.length * band.width for band in bands))
+    begin = 0
+    for band in bands:
+        window, place = steps.abs() - band.shift, first % band.block
+        length = (band.length - first + place).clamp(max=band.block)  # of the part that the token is in
+        place = begin + (first - place) * band.width + window * length + place
+        inside = (first >= 0) & (first < band.length) & (window >= 0) & (window < band.width) & (neighbors >= 0)
+        places = torch.where(inside, place, places)
+        begin += band.length * band.width
+    return places.view(1, -1), torch.full((1, 1), math.inf, dtype=dtype, device=device)
 
 
-def _place(values: Tensor, here: tuple[slice, ...], grid: tuple[int, ...]) -> Tensor:
-    """Embed values given on a sub-rectangle into the whole grid, infinite elsewhere."""
-    padding = [(s.start, size - s.start - n) for s, size, n in zip(here, grid, values.shape[1:], strict=True)]
-    return F.pad(values, [side for axis in reversed(padding) for side in axis], value=math.inf)
+def _spatial_weight(
+    num_offsets: int, spatial_alpha: float, hidden_size: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """What distances at each offset are multiplied by, (num_offsets, 1)."""
+    rank = torch.arange(1, num_offsets + 1, device=device, dtype=dtype)
+    weight = spatial_alpha + (1 - spatial_alpha) * rank / num_offsets
+    return (weight / math.sqrt(hidden_size))[:, None]
+
+
+def _differences_at_once(tokens: Tensor) -> int:
+    """How many pairs of tokens (batch_size, N, hidden_size) are subtracted at once: on the CPU few, for the cache;
+    elsewhere so many that with a copy of the tokens they take no more memory than the activation of an MLP, four times
+    the tokens; in a graph, where the differences are never in memory, all."""
+    if torch.compiler.is_compiling():
+        return tokens.shape[1] ** 2
+    if tokens.device.type != "cpu":
+        return 3 * tokens.shape[1]
+    return max(_MAX_DIFFERENCES_BLOCK // (tokens[:, 0].numel() or 1), tokens.shape[1] // 16)
+
+
+def _neighbor_tables(
+    grid: tuple[int, ...], offsets: tuple[tuple[int, ...], ...], bits: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Index of every token's neighbour at every offset, some token's outside the grid, and 1 where it comes later than
+    the token itself, else 0: (num_offsets, N); the indices of the tokens: (N,)."""
+    neighbors = neighbor_indices(grid, offsets, device)
+    index = torch.arange(neighbors.shape[1], device=device)
+    return neighbors.clamp(min=0), (neighbors > index).to(bits), index
 
 
 @torch.no_grad()
@@ -162,54 +214,51 @@ def cluster_tokens(
     tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     # Under autocast the distances of the last step would leave float32: other groups, or none where float16 overflows.
     with maybe_autocast(tokens.device.type, enabled=False):
-        offsets = neighborhood_offsets(len(grid), neighborhood_size)
-        neighbors = neighbor_indices(grid, offsets, tokens.device)
+        offsets = kept(neighborhood_offsets, len(grid), neighborhood_size)
         distances = neighborhood_distances(tokens, grid, offsets, spatial_alpha)
+        bits = torch.int64 if tokens.dtype == torch.float64 else torch.int32
+        neighbors, is_later, index = table(_neighbor_tables, grid, offsets, bits, like=tokens)
 
-        log_density = _log_density(distances, num_neighbors)
-        peak_distance = _distance_to_denser(distances, neighbors, log_density)
-        score = log_density + peak_distance.log()
+        sparsity = _sparsity(distances, num_neighbors)
+        score = _distance_to_denser(distances, neighbors, is_later, sparsity).log() - sparsity
         ranking = score.sort(dim=1, descending=True, stable=True).indices
         representatives = ranking[:, :num_clusters].sort(dim=1).values
 
-        is_representative = torch.zeros_like(score, dtype=torch.bool).scatter(1, representatives, True)
-        assignment, found = _join_nearest_neighbor(distances, neighbors, is_representative)
+        joined, found = _join_nearest_neighbor(distances, neighbors, index, representatives)
+        assignment = torch.searchsorted(representatives, joined)
         return _join_nearest_in_image(tokens, representatives, assignment, found), representatives
 
 
-def _log_density(distances: Tensor, num_neighbors: int) -> Tensor:
-    """Minus the mean distance to the `num_neighbors` nearest neighbours, or to all where there are fewer: (B, N)."""
+def _sparsity(distances: Tensor, num_neighbors: int) -> Tensor:
+    """Minus the logarithm of the density (B, N): mean distance to the `num_neighbors` nearest neighbours, or to all
+    where there are fewer, infinite where there are none."""
     if num_neighbors == 1:
-        return -distances.amin(1)
+        return distances.amin(1)
     nearest = distances.topk(min(num_neighbors, distances.shape[1]), dim=1, largest=False).values
     exists = nearest.isfinite()
     total = torch.where(exists, nearest, 0.0).sum(1)
-    return torch.where(exists.any(1), -total / exists.sum(1), -math.inf)
+    return torch.where(exists.any(1), total / exists.sum(1), math.inf)
 
 
-def _distance_to_denser(distances: Tensor, neighbors: Tensor, log_density: Tensor) -> Tensor:
+def _distance_to_denser(distances: Tensor, neighbors: Tensor, is_later: Tensor, sparsity: Tensor) -> Tensor:
     """Distance to the nearest denser neighbour; the image's largest finite distance where there is none: (B, N)."""
-    index = torch.arange(neighbors.shape[1], device=neighbors.device)
-    neighbor_density = log_density[:, neighbors.clamp(min=0)]
-    own_density = log_density[:, None]
-    is_denser = (neighbor_density > own_density) | ((neighbor_density == own_density) & (neighbors < index))
-    nearest = distances.masked_fill(~(is_denser & (neighbors >= 0)), math.inf).amin(1)
-    largest = torch.where(distances.isfinite(), distances, 0.0).amax((1, 2))
-    return torch.where(nearest == math.inf, largest[:, None], nearest)
+    # The bits of numbers >= 0 are in the order of their size: among equals, one more for a later token decides.
+    bits = sparsity.view(is_later.dtype)
+    is_not_denser = bits[:, neighbors] + is_later > bits[:, None]
+    nearest = distances.masked_fill(is_not_denser, math.inf).amin(1)
+    return torch.minimum(nearest, distances.nan_to_num(posinf=0.0).amax((1, 2))[:, None])
 
 
-def _join_nearest_neighbor(distances: Tensor, neighbors: Tensor, is_representative: Tensor) -> tuple[Tensor, Tensor]:
-    """Assign each token to the nearest representative of its neighbourhood, a representative to itself.
-
-    Returns the assignment (B, N), arbitrary but valid where `found` (B, N) is False: no representative around.
-    """
-    cluster = is_representative.cumsum(1) - 1
-    candidate = is_representative[:, neighbors.clamp(min=0)] & (neighbors >= 0)
-    nearest = distances.masked_fill(~candidate, math.inf).argmin(1)
-    # `neighbors` is (lambda, N): pick, for every image and token, the row that won.
-    neighbor = neighbors.expand(distances.shape[0], -1, -1).gather(1, nearest[:, None])[:, 0].clamp(min=0)
-    assignment = torch.where(is_representative, cluster, cluster.gather(1, neighbor).clamp(min=0))
-    return assignment, candidate.any(1) | is_representative
+def _join_nearest_neighbor(
+    distances: Tensor, neighbors: Tensor, index: Tensor, representatives: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The nearest representative of each token's neighbourhood (B, N), for a representative itself; arbitrary where
+    `found` (B, N) is False: no representative around."""
+    is_other = torch.ones_like(distances[:, 0], dtype=torch.bool).scatter_(1, representatives, False)
+    nearest, rank = distances.masked_fill(is_other[:, neighbors], math.inf).min(1)
+    neighbor = neighbors.take(torch.add(index, rank, alpha=len(index)))  # at the place (rank, index) of the table
+    found = is_other <= (nearest < math.inf)  # others only if near
+    return torch.where(is_other, neighbor, index), found
 
 
 def _join_nearest_in_image(tokens: Tensor, representatives: Tensor, assignment: Tensor, found: Tensor) -> Tensor:
@@ -220,23 +269,22 @@ def _join_nearest_in_image(tokens: Tensor, representatives: Tensor, assignment: 
         num_lost = int((~found).sum(1).max())
         if num_lost == 0:
             return assignment
-    else:
-        num_lost = tokens.shape[1]
-    lost = found.sort(dim=1, stable=True).indices[:, :num_lost]
-    nearest = _nearest_by_feature(take_tokens(tokens, lost), take_tokens(tokens, representatives))
-    joined = torch.where(found.gather(1, lost), assignment.gather(1, lost), nearest)
-    return assignment.scatter(1, lost, joined)
+        lost = found.sort(dim=1, stable=True).indices[:, :num_lost]
+        nearest = _nearest_by_feature(tokens, lost, representatives)
+        return assignment.scatter(1, lost, torch.where(found.gather(1, lost), assignment.gather(1, lost), nearest))
+    return torch.where(found, assignment, _nearest_by_feature(tokens, None, representatives))
 
 
-def _nearest_by_feature(queries: Tensor, candidates: Tensor) -> Tensor:
-    """Index (B, Q) of the nearest of the candidates (B, C, D) to each query (B, Q, D), the first among equals."""
+def _nearest_by_feature(tokens: Tensor, queries: Tensor | None, candidates: Tensor) -> Tensor:
+    """Which of the candidates (B, C) is nearest to each of the queries (B, Q), or to all tokens: places (B, Q) among
+    the candidates, the first among equals."""
     # Distances by matrix product lose digits to whatever all tokens share: subtract one token from all.
-    origin = candidates[:, :1]
-    queries, candidates = queries - origin, candidates - origin
-    squared_norm = candidates.square().sum(-1)[:, None]
+    tokens = tokens - tokens[:, :1]
+    among, asking = take_tokens(tokens, candidates), tokens if queries is None else take_tokens(tokens, queries)
+    squared_norm = among.square().sum(-1)[:, None]
     block = max(_MAX_DISTANCE_BLOCK // candidates.shape[1], 1)
     nearest = [
-        torch.baddbmm(squared_norm, part, candidates.transpose(1, 2), alpha=-2).argmin(-1)
-        for part in queries.split(block, dim=1)
+        torch.baddbmm(squared_norm, part, among.transpose(1, 2), alpha=-2).argmin(-1)
+        for part in asking.split(block, dim=1)
     ]
-    return torch.cat(nearest, dim=1)
+    return torch.cat(nearest, dim=1) if len(nearest) > 1 else nearest[0]

@@ -22,15 +22,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils.generic import maybe_autocast
 
-from .token_groups import TokenGroups
+from .token_groups import TokenGroups, flat_index, table, unfold_tokens
 
 NUM_FEATURES = 64  # distances are between projections to so many numbers, see `project`
 NUM_ROUNDS = 12
-_INDEX_BITS = 31  # of a key, below the 31 bits of a cost
-_PLACE = 2**_INDEX_BITS - 1
-_LATER = 2**62  # above both
-_NO_EDGE = torch.iinfo(torch.int64).max
-_LARGEST = torch.finfo(torch.float32).max
+_PLACE = 2**31 - 1  # the bits of a key that hold a place, below the 32 of a number
+_FIRST = -(2**62)  # brings a key below those of all finite costs, and a broken one above these
+_NO_EDGE = 2**63 - 2**31  # above all keys, and with a place that exists
 
 
 def grid_edges(grid: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -71,11 +69,27 @@ def project(tokens: Tensor) -> Tensor:
     hidden_size = tokens.shape[-1]
     if hidden_size <= NUM_FEATURES:
         return tokens
-    place = torch.arange(hidden_size * NUM_FEATURES, device=tokens.device)
+    return tokens @ table(_signs, hidden_size, tokens.dtype, like=tokens)
+
+
+def _signs(hidden_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    place = torch.arange(hidden_size * NUM_FEATURES, device=device)
     for _ in range(2):  # a multiplicative hash of each entry's place: integers, so that no generator is needed
         place = ((place >> 16) ^ place) * 0x45D9F3B & 0xFFFFFFFF
-    signs = (1 - 2 * (((place >> 16) ^ place) & 1)).to(tokens.dtype)
-    return tokens @ (signs.view(hidden_size, NUM_FEATURES) / math.sqrt(NUM_FEATURES))
+    signs = (1 - 2 * (((place >> 16) ^ place) & 1)).to(dtype)
+    return signs.view(hidden_size, NUM_FEATURES) / math.sqrt(NUM_FEATURES)
+
+
+def _flat_edges(grid: tuple[int, ...], batch_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Tables for all images in one row of tokens: the tokens at both ends of every edge (batch_size * num_edges * 2,),
+    for each end the place of the other one in that table, and the tokens (batch_size * N,); all int64."""
+    first_token = torch.arange(batch_size, device=device)[:, None, None] * math.prod(grid)
+    ends = (torch.stack(grid_edges(grid, device), dim=1) + first_token).flatten()
+    return (
+        ends,
+        torch.arange(ends.numel(), device=device) ^ 1,
+        torch.arange(batch_size * math.prod(grid), device=device),
+    )
 
 
 @torch.no_grad()
@@ -119,86 +133,92 @@ def merge_regions(
         raise ValueError(f"protect must be {shape} bool, got {tuple(protect.shape)} {str(protect.dtype)[6:]}")
     with maybe_autocast(tokens.device.type, enabled=False):
         features = project(tokens.to(torch.promote_types(tokens.dtype, torch.float32)))
-        first, second = grid_edges(grid, tokens.device)
+        edges, others, index = table(_flat_edges, grid, shape[0], like=tokens)
+        region = index  # of each token of all images: one of its tokens, the region's root
+        if merged is not None:
+            features = unfold_tokens(features, merged)
+            roots = flat_index(merged.order.gather(1, merged.starts), shape[1])
+            region = roots.gather(1, merged.assignment).flatten()
         # Edges of protected tokens are contracted last of all, where nothing else is left.
-        frozen = None if protect is None else protect[:, first] | protect[:, second]
-        of_inputs = torch.arange(num_tokens, device=tokens.device).expand(tokens.shape[0], -1)
-        region = of_inputs if merged is None else merged.assignment  # of each token of the grid
-        sizes = torch.ones_like(features[..., 0]) if merged is None else merged.sizes.to(features.dtype)
-        sums = features if merged is None else features * sizes[..., None]
-        for num_regions in num_regions_after_rounds(num_tokens, num_groups, protect is not None):
-            ends = region[:, first], region[:, second]
-            target = _contract(_edge_keys(sums, sizes, *ends, frozen), *ends, sums.shape[1], num_regions)
-            sums, sizes = _sum_members(torch.cat([sums, sizes[..., None]], dim=-1), target, num_regions).split(
-                [sums.shape[-1], 1], dim=-1
-            )
-            sizes, of_inputs = sizes[..., 0], target.gather(1, of_inputs)
-            region = of_inputs if merged is None else target.gather(1, region)
+        frozen = None if protect is None else protect.flatten()[edges].view(-1, 2).any(-1)
+        # The last column is -1 for a region's root, else 0, so that its mean is -1 over the region's size.
+        rows = F.pad(features.reshape(-1, features.shape[-1]), (0, 1), value=-1)
+        means = rows
+        if merged is not None:
+            rows[:, -1].masked_fill_(region != index, 0)
+            means = _means(rows, region, index)
+        num_regions = num_tokens
+        for num_left in num_regions_after_rounds(num_tokens, num_groups, protect is not None):
+            ends = region.index_select(0, edges)
+            keys = _edge_keys(means, ends, others, frozen)
+            partner, turn = _pick(keys, ends, index)
+            num_merged = num_regions - num_left
+            last = turn.view(shape).sort(dim=1).values[:, num_merged - 1, None]
+            contracts = (turn.view(shape) <= last).flatten()
+            region = _roots(torch.where(contracts, partner, index), num_merged).index_select(0, region)
+            rows[:, -1].masked_fill_(contracts, 0)
+            means, num_regions = _means(rows, region, index), num_left
+        of_tokens = F.embedding(region, means)
         if protect is not None and not torch.compiler.is_compiling():
-            _check_protected(sizes.gather(1, region), protect, num_groups)
-        distance = (features - _rows(sums / sizes[..., None], of_inputs)).square().sum(-1)
-        nearest = torch.full_like(of_inputs[:, :num_groups], _NO_EDGE)
-        nearest = nearest.scatter_reduce(1, of_inputs, _keys(distance), "amin") & _PLACE
-        return region, nearest if merged is None else merged.representatives.gather(1, nearest)
+            _check_protected(of_tokens[:, -1].view(shape), protect, num_groups)
+        number = (region == index).view(shape).cumsum(1) - 1
+        assignment = number.flatten().index_select(0, region).view(shape)
+        distance = F.mse_loss(rows[:, :-1], of_tokens[:, :-1], reduction="none").sum(-1).view(shape)
+        keys = _keys(distance.nan_to_num(nan=math.inf), index[: shape[1]])
+        nearest = torch.full_like(assignment[:, :num_groups], _NO_EDGE)
+        nearest = nearest.scatter_reduce_(1, assignment, keys, "amin") & _PLACE
+        if merged is not None:
+            nearest = merged.representatives.gather(1, merged.assignment.gather(1, nearest))
+        return assignment, nearest
 
 
-def _keys(values: Tensor) -> Tensor:
-    """Unique integers (batch_size, K) in the order of values >= 0, equal ones by their place, which is in the low bits;
-    NaN counts as the largest."""
-    values = values.nan_to_num(nan=_LARGEST, posinf=_LARGEST).clamp(max=_LARGEST).float().contiguous()
-    return (values.view(torch.int32).long() << _INDEX_BITS) | torch.arange(values.shape[1], device=values.device)
+def _keys(values: Tensor, places: Tensor) -> Tensor:
+    """Unique integers, in the order of values that are all >= 0 or all <= 0 (the latter by size), equal ones by their
+    places, which are in the low bits. The bits of floating-point numbers of one sign are in the order of their size."""
+    return torch.add(places, values.float().view(torch.int32), alpha=_PLACE + 1)
 
 
-def _edge_keys(sums: Tensor, sizes: Tensor, first: Tensor, second: Tensor, frozen: Tensor | None) -> Tensor:
-    """Keys (batch_size, num_edges) of Ward's cost between the regions at both ends; `_NO_EDGE` inside a region."""
-    means = sums / sizes[..., None]
-    sizes_first, sizes_second = sizes.gather(1, first), sizes.gather(1, second)
-    distance = _rows(means, first).sub_(_rows(means, second)).square_().sum(-1)
-    cost = distance * (sizes_first * sizes_second / (sizes_first + sizes_second))
+def _edge_keys(means: Tensor, ends: Tensor, others: Tensor, frozen: Tensor | None) -> Tensor:
+    """Keys of Ward's cost between the regions at both ends of every edge, one for each end, with the place of the other
+    end; broken and protected edges come behind all finite ones, edges inside a region behind these."""
+    rows = F.embedding(ends.view(-1, 2), means)
+    distance = F.mse_loss(rows[:, 0, :-1], rows[:, 1, :-1], reduction="none").sum(-1)
+    # Minus the cost: the finite ones are then negative integers, and there is room for the others above them.
+    cost = distance / (rows[:, 0, -1] + rows[:, 1, -1])
+    cost = cost.nan_to_num(nan=math.inf, neginf=math.inf)
     if frozen is not None:
         cost = cost.masked_fill(frozen, math.inf)
-    keys = torch.where(cost < _LARGEST, _keys(cost), _keys(cost) | _LATER)  # of broken and protected tokens
-    return keys.masked_fill(first == second, _NO_EDGE)
+    cost = cost.masked_fill(ends[::2] == ends[1::2], math.nan)
+    return _keys(cost[:, None], others.view(-1, 2)).flatten()
 
 
-def _contract(keys: Tensor, first: Tensor, second: Tensor, num_regions: int, num_left: int) -> Tensor:
-    """The new region, in [0, num_left), of each old one: (batch_size, num_regions) int64."""
-    index = torch.arange(num_regions, device=keys.device).expand(keys.shape[0], -1)
-    best = torch.full_like(index, _NO_EDGE)
-    best = best.scatter_reduce(1, first, keys, "amin").scatter_reduce(1, second, keys, "amin")
-    edge = (best & _PLACE).clamp(max=keys.shape[1] - 1)
-    partner = torch.where(best == _NO_EDGE, index, first.gather(1, edge) + second.gather(1, edge) - index)
-    is_mutual = best.gather(1, partner) == best
-    # Where two regions pick the same edge it counts once, for the second of them, and before all other edges.
-    picked = torch.where(is_mutual, best, best | _LATER).masked_fill(is_mutual & (index <= partner), _NO_EDGE)
-    last = picked.sort(dim=1).values[:, num_regions - num_left - 1, None]
-    parent = torch.where(picked <= last, partner, index)
-    for _ in range(max(1, math.ceil(math.log2(num_regions)))):  # to the end of the longest possible chain
-        parent = parent.gather(1, parent)
-    return ((parent == index).cumsum(1) - 1).gather(1, parent)
+def _pick(keys: Tensor, ends: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """For each region, at its root, the region that its cheapest edge leads to, and a key for the turn of that edge;
+    `_NO_EDGE` where the edge counts for the other region, and at all other tokens."""
+    best = torch.full_like(index, _NO_EDGE).scatter_reduce_(0, ends, keys, "amin")
+    partner = ends.index_select(0, best & _PLACE)
+    answer = best.index_select(0, partner)
+    # Where two regions pick the same edge, their keys differ in the last bit. It counts once, and before other edges.
+    turn = torch.add(best, (best ^ answer) == 1, alpha=_FIRST)
+    return partner, turn.masked_fill_(answer > best, _NO_EDGE)
 
 
-def _sum_members(values: Tensor, target: Tensor, num_regions: int) -> Tensor:
-    """Sums (batch_size, num_regions, width) of the values (batch_size, K, width) that go to each region."""
-    batch_size, num_values, width = values.shape
-    ordered, order = target.sort(dim=1, stable=True)
-    edges = torch.arange(num_regions, device=target.device).expand(batch_size, -1).contiguous()
-    offset = torch.arange(batch_size, device=target.device)[:, None] * num_values
-    starts = torch.searchsorted(ordered, edges) + offset
-    total = F.embedding_bag((order + offset).flatten(), values.reshape(-1, width), starts.flatten(), mode="sum")
-    return total.view(batch_size, num_regions, width)
+def _roots(parent: Tensor, num_edges: int) -> Tensor:
+    """The end of each token's chain of parents, of which so many lead on."""
+    for _ in range((num_edges - 1).bit_length()):  # each doubles the steps taken
+        parent = parent.index_select(0, parent)
+    return parent
 
 
-def _rows(values: Tensor, index: Tensor) -> Tensor:
-    """Rows of (batch_size, K, width) at (batch_size, T) -> (batch_size, T, width)."""
-    batch_size, num_values, width = values.shape
-    offset = torch.arange(batch_size, device=values.device)[:, None] * num_values
-    return F.embedding(index + offset, values.reshape(-1, width))
+def _means(rows: Tensor, region: Tensor, index: Tensor) -> Tensor:
+    """Means (num_tokens, width) of the rows of each region, at the place of its root."""
+    ordered, order = region.sort(stable=True)
+    return F.embedding_bag(order, rows, torch.searchsorted(ordered, index), mode="mean")
 
 
-def _check_protected(sizes: Tensor, protect: Tensor, num_groups: int) -> None:
-    """Raise ValueError where protected tokens had to merge: `sizes` (batch_size, N) are those of each token's group."""
-    if bool((sizes[protect] > 1).any()):
+def _check_protected(weights: Tensor, protect: Tensor, num_groups: int) -> None:
+    """Raise ValueError where protected tokens had to merge: -1 over the size of each token's group (batch_size, N)."""
+    if bool((weights[protect] > -1).any()):
         raise ValueError(
             f"num_groups={num_groups} groups must have room for the protected tokens, up to "
             f"{int(protect.sum(1).max())} in an image, and for each part that they cut off; keep more tokens, or "

@@ -24,7 +24,7 @@ from .grouping_density_peaks import cluster_tokens
 from .grouping_grid import grid_cells
 from .grouping_region_merging import NUM_FEATURES, NUM_ROUNDS, merge_regions
 from .settings import HINTS, AdaptiveResolutionMixin, overrides_of
-from .token_groups import TokenGroups, group_tokens, merge_tokens, take_tokens, unfold_tokens
+from .token_groups import TokenGroups, group_tokens, merge_tokens, table, take_tokens, unfold_tokens
 
 Grid = tuple[int, ...]
 
@@ -175,8 +175,8 @@ def _density_peaks_flops(settings: AdaptiveResolutionMixin, num_tokens: int, hid
 def _grid(
     tokens: Tensor, grid: Grid, num_groups: int, settings: AdaptiveResolutionMixin, context: ReductionContext
 ) -> tuple[Tensor, Tensor]:
-    assignment, representatives = grid_cells(grid, num_groups, tokens.device)
-    return assignment.expand(tokens.shape[0], -1), representatives.expand(tokens.shape[0], -1)
+    assignment, representatives = table(grid_cells, grid, num_groups, like=tokens)
+    return assignment.repeat(tokens.shape[0], 1), representatives.repeat(tokens.shape[0], 1)  # which users may change
 
 
 def _region_merging(

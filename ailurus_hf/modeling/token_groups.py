@@ -5,11 +5,15 @@ sorted indices (an embedding bag and an embedding): deterministic on every devic
 floating-point scatter-add would depend on the order of atomics.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+_Table = TypeVar("_Table")
 
 
 class TokenGroups(NamedTuple):
@@ -20,12 +24,14 @@ class TokenGroups(NamedTuple):
         sizes: (batch_size, M) int64, number of members; every group has at least one.
         representatives: (batch_size, M) int64, index of the token that stands for each group.
         order: (batch_size, N) int64, token indices sorted by group, in increasing order within a group.
+        starts: (batch_size, M) int64, where in `order` the members of each group begin.
     """
 
     assignment: Tensor
     sizes: Tensor
     representatives: Tensor
     order: Tensor
+    starts: Tensor
 
 
 def group_tokens(assignment: Tensor, num_groups: int, representatives: Tensor | None = None) -> TokenGroups:
@@ -37,11 +43,15 @@ def group_tokens(assignment: Tensor, num_groups: int, representatives: Tensor | 
         representatives: (batch_size, M) int64; each group's first member when None.
     """
     ordered, order = assignment.sort(dim=1, stable=True)
-    edges = torch.arange(num_groups + 1, device=assignment.device).expand(assignment.shape[0], -1).contiguous()
-    starts = torch.searchsorted(ordered, edges)
+    bounds = torch.searchsorted(ordered, table(_group_bounds, num_groups, assignment.shape[0], like=assignment))
+    starts = bounds[:, :-1]
     if representatives is None:
-        representatives = order.gather(1, starts[:, :-1])
-    return TokenGroups(assignment, starts.diff(dim=1), representatives, order)
+        representatives = order.gather(1, starts)
+    return TokenGroups(assignment, bounds.diff(dim=1), representatives, order, starts)
+
+
+def _group_bounds(num_groups: int, batch_size: int, device: torch.device) -> Tensor:
+    return torch.arange(num_groups + 1, device=device).repeat(batch_size, 1)
 
 
 def merge_tokens(tokens: Tensor, groups: TokenGroups) -> Tensor:
@@ -51,12 +61,10 @@ def merge_tokens(tokens: Tensor, groups: TokenGroups) -> Tensor:
     one keeps its token's exact bits.
     """
     batch_size, num_tokens, hidden_size = tokens.shape
-    first_token = torch.arange(batch_size, device=tokens.device)[:, None] * num_tokens
-    first_member = groups.sizes.cumsum(1) - groups.sizes + first_token
     merged = F.embedding_bag(
-        (groups.order + first_token).flatten(),
+        flat_index(groups.order, num_tokens).flatten(),
         _summable(tokens).reshape(-1, hidden_size),
-        first_member.flatten(),
+        flat_index(groups.starts, num_tokens).flatten(),
         mode="mean",
     )
     return merged.view(batch_size, -1, hidden_size).to(tokens.dtype)
@@ -67,10 +75,9 @@ def unfold_tokens(merged: Tensor, groups: TokenGroups) -> Tensor:
 
     The gradient of a group is the sum over its members, in float32 at least as in `merge_tokens`.
     """
-    batch_size, num_groups, hidden_size = merged.shape
-    first_group = torch.arange(batch_size, device=merged.device)[:, None] * num_groups
+    _, num_groups, hidden_size = merged.shape
     # A model spread over several devices may end its merged layers on another one than it began them.
-    places = groups.assignment.to(merged.device) + first_group
+    places = flat_index(groups.assignment.to(merged.device), num_groups)
     if merged.requires_grad:
         return F.embedding(places, _summable(merged).reshape(-1, hidden_size)).to(merged.dtype)
     return F.embedding(places, merged.reshape(-1, hidden_size))
@@ -84,3 +91,32 @@ def _summable(tokens: Tensor) -> Tensor:
 def take_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     """Tokens (batch_size, N, hidden_size) at the places (batch_size, K) int64 -> (batch_size, K, hidden_size)."""
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def flat_index(index: Tensor, num_rows: int) -> Tensor:
+    """Places (batch_size, K) in each image's rows -> places in the rows of all images one after the other; of one image
+    they are the same, which saves an operation where it counts most."""
+    if index.shape[0] == 1:
+        return index
+    return index + torch.arange(index.shape[0], device=index.device)[:, None] * num_rows
+
+
+def table(build: Callable[..., _Table], *arguments: Any, like: Tensor) -> _Table:
+    """`build(*arguments, device)` for tensors that go with `like`, made once and kept. What depends on the arguments
+    alone, such as the neighbours on a grid, need not be made in every forward. Nobody may write into a table."""
+    capturing = like.device.type == "cuda" and torch.cuda.is_current_stream_capturing()  # memory of a CUDA graph
+    # What is built in a graph, or under the mode of a fake tensor, is fake.
+    if torch.compiler.is_compiling() or type(like) is not Tensor or capturing:
+        return build(*arguments, like.device)
+    with torch.inference_mode(False):
+        return kept(build, *arguments, like.device)
+
+
+def kept(build: Callable[..., _Table], *arguments: Any) -> _Table:
+    """`build(*arguments)`, made once and kept; in a graph, of which it becomes a part, made there."""
+    return build(*arguments) if torch.compiler.is_compiling() else _kept(build, *arguments)
+
+
+@lru_cache(maxsize=64)
+def _kept(build: Callable[..., _Table], *arguments: Any) -> _Table:
+    return build(*arguments)

@@ -165,11 +165,11 @@ def test_half_precision_features_are_clustered_in_float32(dtype):
 
 
 @pytest.mark.parametrize("grid", [(7, 9), (1, 9), (3, 4, 5)], ids=str)
-@pytest.mark.parametrize("lines", [1, 2, 3])
-def test_lines_of_the_grid_one_after_the_other_give_the_same_bits(grid, lines, monkeypatch):
+@pytest.mark.parametrize("pairs", [1, 30, 200])
+def test_parts_one_after_the_other_give_the_same_bits(grid, pairs, monkeypatch):
     tokens, offsets = torch.randn(2, math.prod(grid), 8), neighborhood_offsets(len(grid), 50)
     expected = neighborhood_distances(tokens, grid, offsets, 0.9)
-    monkeypatch.setattr(grouping_density_peaks, "_MAX_LINES_BLOCK", lines * tokens[0].numel() // grid[0] * 2)
+    monkeypatch.setattr(grouping_density_peaks, "_MAX_DIFFERENCES_BLOCK", pairs * tokens[:, 0].numel())
     assert torch.equal(neighborhood_distances(tokens, grid, offsets, 0.9), expected)
 
 

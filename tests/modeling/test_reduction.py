@@ -84,6 +84,14 @@ def test_images_do_not_see_each_other(grouping):
         assert torch.equal(alone.tokens[0], together.tokens[index])
 
 
+def test_what_a_user_does_to_the_groups_changes_no_later_ones(grouping):
+    groups = reduced(tokens_on(GRID, 1), GRID, 12, grouping).groups
+    expected = [part.clone() for part in groups]
+    for part in groups:
+        part.fill_(7)
+    assert all(map(torch.equal, reduced(tokens_on(GRID, 1), GRID, 12, grouping).groups, expected))
+
+
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf], ids=str)
 def test_constant_and_broken_tokens_get_valid_groups(grouping, value):
     tokens = torch.full((1, 48, 8), value)

@@ -2,10 +2,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ailurus_hf.modeling.layers_ailurus import eager_attention_forward
 from ailurus_hf.modeling.size_weighted_attention import append_size_channels, size_weighted_attention
-from ailurus_hf.modeling.token_groups import group_tokens, merge_tokens, unfold_tokens
+from ailurus_hf.modeling.token_groups import group_tokens, merge_tokens, table, unfold_tokens
 from tests.reference import merging as reference
 
 
@@ -144,3 +145,23 @@ def test_merge_is_exact_on_integers_whatever_the_order():
     tokens = torch.arange(24.0).view(1, 12, 2)
     groups = group_tokens(torch.tensor([[0, 1] * 6]), 2)
     assert merge_tokens(tokens, groups).tolist() == [[[10.0, 11.0], [12.0, 13.0]]]
+
+
+def test_tables_are_made_once_and_fit_every_mode():
+    made = []
+
+    def count_up(length, device):
+        made.append(length)
+        return torch.arange(length, device=device)
+
+    tokens = torch.randn(1, 3, 2)
+    with torch.inference_mode():
+        first = table(count_up, 3, like=tokens)
+    assert not first.is_inference()
+    assert table(count_up, 3, like=tokens) is first
+    assert table(count_up, 3, like=tokens.to("meta")).device.type == "meta"
+    assert made == [3, 3]
+    with FakeTensorMode() as mode:
+        fake = table(count_up, 3, like=mode.from_tensor(tokens))
+    assert isinstance(fake, FakeTensor)
+    assert table(count_up, 3, like=tokens) is first
