@@ -54,3 +54,11 @@ def test_training(tmp_path, capsys):
     tiny_model(AiluRusForSemanticSegmentation).save_pretrained(tmp_path)
     load("benchmark_training").main(str(tmp_path), 48, 48, 1, [0.5], rounds=1)
     assert "0.5" in capsys.readouterr().out
+
+
+def test_lookupvit(capsys):
+    script = load("benchmark_lookupvit")
+    script.SHAPE |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    script.main(image_size=[64, 96], batch_size=[2], compressed_size=[3, 5], dtype="float32", device="cpu", rounds=2)
+    table = capsys.readouterr().out
+    assert (table.count("plain"), table.count("3 x 3"), table.count("5 x 5")) == (2, 2, 1)  # of what fits
