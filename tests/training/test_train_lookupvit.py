@@ -16,7 +16,8 @@ from tests.data.files import write_camvid
 TINY = {
     "size": (32, 48), "hidden_size": 32, "layers": 2, "heads": 2, "patch_size": 8, "steps": 3, "batch_size": 2,
     "learning_rate": 1e-3, "compressed_size": [2, 4], "eval_size": [1, 4], "distill_weight": 0.5, "feature_weight": 0.0,
-    "from_vit": None, "distill": None, "scenes": (6, 4), "seed": 0, "initializer_range": 0.06, "task": "segmentation", "out": None,
+    "from_vit": None, "distill": None, "scenes": (6, 4), "seed": 0, "task": "segmentation",
+    "initializer_range": 0.06, "out": None,
 }  # fmt: skip
 
 
