@@ -66,3 +66,11 @@ def test_scenes_are_drawn_for_evaluate(tmp_path):
     expected = draw_scene(6)
     assert (np.asarray(sample.image) == expected.image).all()
     assert (sample.labels == expected.labels).all()
+
+
+def test_lookupvit(capsys):
+    script = load("benchmark_lookupvit")
+    script.SHAPE |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    script.main(image_size=[64, 96], batch_size=[2], compressed_size=[3, 5], dtype="float32", device="cpu", rounds=2)
+    table = capsys.readouterr().out
+    assert (table.count("plain"), table.count("3 x 3"), table.count("5 x 5")) == (2, 2, 1)  # of what fits
