@@ -16,7 +16,6 @@ from .settings import (
     below_one,
     between_zero_and_one,
     finite,
-    finite_above_zero,
     finite_from_zero,
     finite_or_none,
     in_unit_interval,
@@ -52,7 +51,7 @@ class AiluRusDecodeHeadConfig(PreTrainedConfig):
     num_layers: int = validated_field(at_least(1), default=2)
     num_attention_heads: int | None = validated_field(at_least(1), default=None)
     intermediate_size: int | None = validated_field(at_least(1), default=None)
-    layer_norm_eps: float | None = validated_field(finite_above_zero, default=None)
+    layer_norm_eps: float | None = validated_field(finite_from_zero, default=None)
     dropout_prob: float | int = validated_field(in_unit_interval(include_zero=True), default=0.1)
     hidden_size: int | None = validated_field(at_least(1), default=None)
     kernel_size: int = validated_field(odd, default=3)
@@ -138,7 +137,7 @@ class AiluRusConfig(ClassColoursMixin, AdaptiveResolutionMixin, BackboneConfigMi
     attention_probs_dropout_prob: float | int = validated_field(in_unit_interval(include_zero=True), default=0.0)
     drop_path_rate: float | int = validated_field(below_one, default=0.0)
     initializer_range: float = validated_field(finite_from_zero, default=0.02)
-    layer_norm_eps: float = validated_field(finite_above_zero, default=1e-6)
+    layer_norm_eps: float = validated_field(finite_from_zero, default=1e-6)
     image_size: int | list[int] | tuple[int, int] = validated_field(side_or_sides, default=224)
     patch_size: int = validated_field(at_least(1), default=16)
     num_channels: int = validated_field(at_least(1), default=3)

@@ -13,7 +13,6 @@ from .settings import (
     at_least,
     below_one,
     between_zero_and_one,
-    finite_above_zero,
     finite_from_zero,
     in_unit_interval,
     one_of,
@@ -83,13 +82,13 @@ class AiluRusSegformerConfig(ClassColoursMixin, StageResolutionMixin, BackboneCo
     attention_probs_dropout_prob: float | int = validated_field(in_unit_interval(include_zero=True), default=0.0)
     drop_path_rate: float | int = validated_field(below_one, default=0.1)
     initializer_range: float = validated_field(finite_from_zero, default=0.02)
-    layer_norm_eps: float = validated_field(finite_above_zero, default=1e-6)
-    patch_norm_eps: float | None = validated_field(finite_above_zero, default=None)
-    reduction_norm_eps: float | None = validated_field(finite_above_zero, default=None)
+    layer_norm_eps: float = validated_field(finite_from_zero, default=1e-6)
+    patch_norm_eps: float | None = validated_field(finite_from_zero, default=None)
+    reduction_norm_eps: float | None = validated_field(finite_from_zero, default=None)
     image_size: int | list[int] | tuple[int, int] = validated_field(side_or_sides, default=512)
     decoder_type: str = validated_field(one_of("linear", "conv"), default="linear")
     decoder_hidden_size: int = validated_field(at_least(1), default=768)
-    batch_norm_eps: float = validated_field(finite_above_zero, default=1e-5)
+    batch_norm_eps: float = validated_field(finite_from_zero, default=1e-5)
     classifier_dropout_prob: float | int = validated_field(in_unit_interval(include_zero=True), default=0.1)
     upsample_logits: bool = True
     semantic_loss_ignore_index: int = 255

@@ -85,7 +85,7 @@ class LookupViTConfig(ClassColoursMixin, CompressedSizeMixin, BackboneConfigMixi
     attention_probs_dropout_prob: float | int = validated_field(in_unit_interval(include_zero=True), default=0.0)
     drop_path_rate: float | int = validated_field(below_one, default=0.0)
     initializer_range: float = validated_field(finite_from_zero, default=0.02)
-    layer_norm_eps: float = validated_field(finite_above_zero, default=1e-6)
+    layer_norm_eps: float = validated_field(finite_from_zero, default=1e-6)
     image_size: int | list[int] | tuple[int, int] = validated_field(side_or_sides, default=224)
     patch_size: int = validated_field(at_least(1), default=16)
     num_channels: int = validated_field(at_least(1), default=3)
