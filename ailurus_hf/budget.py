@@ -130,7 +130,7 @@ def set_keep_ratio(model: nn.Module, keep_ratio: float) -> None:
     make_settings({"keep_ratio": keep_ratio})  # before anything is written
     change = {"keep_ratio": keep_ratio}
     for owner in _with_ratio(model):
-        owner.store({**dict.fromkeys(replaced_by(change)), **change})
+        owner.store({**replaced_by(change), **change})
 
 
 def _owners(model: nn.Module) -> list[_Owner]:

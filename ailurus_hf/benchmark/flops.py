@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from ..modeling.settings import replaced_by
+from ..modeling.settings import refuse_unknown, replaced_by
 from ..registry import architecture_of
 
 __all__ = ["count_flops", "keep_ratio_at"]
@@ -37,7 +37,7 @@ def count_flops(
             exact numbers.
 
     Raises:
-        TypeError: the model is not one of this package's.
+        TypeError: the model is not one of this package's, or has no such setting.
         ValueError: a setting is not allowed, or the image is too small.
     """
     twin, config = _twin(model, settings)
@@ -69,6 +69,7 @@ def keep_ratio_at(model: PreTrainedModel, height: int, width: int, flop_ratio: f
         The largest such share of the image's tokens.
 
     Raises:
+        TypeError: as `count_flops`; also for a model whose budget is no share of its tokens.
         ValueError: `flop_ratio` is out of range, or beyond reach: the layers that run on all tokens cost too much.
     """
     if not flop_ratio > 1:
@@ -91,7 +92,12 @@ def keep_ratio_at(model: PreTrainedModel, height: int, width: int, flop_ratio: f
 
 def _twin(model: Any, settings: dict[str, Any]) -> tuple[Any, Any]:
     """A copy of the model without data, with other settings, and its configuration."""
-    settings = {**{name: None for name in replaced_by(settings) if hasattr(model.config, name)}, **settings}
+    unknown = [name for name in settings if not hasattr(model.config, name)]
+    refuse_unknown("count_flops", unknown, list(vars(model.config)))
+    settings = {
+        **{name: value for name, value in replaced_by(settings).items() if hasattr(model.config, name)},
+        **settings,
+    }
     if not hasattr(model, "peft_config"):
         config = copy.deepcopy(model.config)
         for name, value in settings.items():

@@ -222,7 +222,7 @@ def _budgets(config: Any, budgets: Sequence[float | Mapping[str, Any]] | None) -
         budgets = [{"compressed_size": size} for size in sizes] if compresses else (0.5, 0.25)
     wanted: list[dict[str, Any]]
     wanted = [dict(budget) if isinstance(budget, Mapping) else {"keep_ratio": float(budget)} for budget in budgets]
-    if all("compressed_size" in budget for budget in wanted):
+    if wanted and all("compressed_size" in budget for budget in wanted):
         wanted = [{**budget, "compressed_size": size_on((1, 1), budget["compressed_size"])} for budget in wanted]
         wanted.sort(key=lambda budget: (-math.prod(budget["compressed_size"]), budget["compressed_size"]))
     else:  # all that is dense is one

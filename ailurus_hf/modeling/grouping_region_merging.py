@@ -27,6 +27,7 @@ from .token_groups import TokenGroups, flat_index, table, unfold_tokens
 NUM_FEATURES = 64  # distances are between projections to so many numbers, see `project`
 NUM_ROUNDS = 12
 _PLACE = 2**31 - 1  # the bits of a key that hold a place, below the 32 of a number
+_EDGES_BLOCK = 4096  # edges on the CPU whose costs are computed together: the means at their ends fill 2 MiB
 _FIRST = -(2**62)  # brings a key below those of all finite costs, and a broken one above these
 _NO_EDGE = 2**63 - 2**31  # above all keys, and with a place that exists
 
@@ -181,15 +182,23 @@ def _keys(values: Tensor, places: Tensor) -> Tensor:
 def _edge_keys(means: Tensor, ends: Tensor, others: Tensor, frozen: Tensor | None) -> Tensor:
     """Keys of Ward's cost between the regions at both ends of every edge, one for each end, with the place of the other
     end; broken and protected edges come behind all finite ones, edges inside a region behind these."""
-    rows = F.embedding(ends.view(-1, 2), means)
-    distance = F.mse_loss(rows[:, 0, :-1], rows[:, 1, :-1], reduction="none").sum(-1)
-    # Minus the cost: the finite ones are then negative integers, and there is room for the others above them.
-    cost = distance / (rows[:, 0, -1] + rows[:, 1, -1])
+    pairs = ends.view(-1, 2)
+    in_cache = means.device.type == "cpu" and not torch.compiler.is_compiling()  # else fewer operations are better
+    costs = [_minus_costs(means, part) for part in (pairs.split(_EDGES_BLOCK) if in_cache else (pairs,))]
+    cost = torch.cat(costs) if len(costs) > 1 else costs[0]
     cost = cost.nan_to_num(nan=math.inf, neginf=math.inf)
     if frozen is not None:
         cost = cost.masked_fill(frozen, math.inf)
     cost = cost.masked_fill(ends[::2] == ends[1::2], math.nan)
     return _keys(cost[:, None], others.view(-1, 2)).flatten()
+
+
+def _minus_costs(means: Tensor, pairs: Tensor) -> Tensor:
+    """Minus Ward's cost for pairs of regions (num_pairs, 2): (num_pairs,). Finite ones are negative, so that their bits
+    are negative integers, with room for the others above them."""
+    rows = F.embedding(pairs, means)
+    distance = F.mse_loss(rows[:, 0, :-1], rows[:, 1, :-1], reduction="none").sum(-1)
+    return distance / (rows[:, 0, -1] + rows[:, 1, -1])
 
 
 def _pick(keys: Tensor, ends: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -357,12 +357,15 @@ class CompressedSizeSettings(CompressedSizeMixin):
     """The budget of LookupViT by itself."""
 
 
-# What must yield to a setting that is given later: it says more exactly how many tokens to keep, or where.
+# What must yield to a setting that is given later, since it would win over it; a ratio does where it is 1.
 _REPLACED = {
     "keep_ratio": ("num_clusters", "places", "stage_keep_ratios"),
     "num_clusters": ("places",),
     "cluster_layer": ("places",),
+    "places": ("keep_ratio", "num_clusters"),
+    "stage_keep_ratios": ("keep_ratio",),
 }
+_DEFAULTS = {field.name: field.default for field in fields(StageResolutionMixin)}
 # What a context may hold beside settings: inputs that some methods take, see `ReductionContext`.
 HINTS = ("protect", "importance", "seed")
 _CHECKED: dict[type[SettingsMixin], type[SettingsMixin]] = {
@@ -432,10 +435,10 @@ def override(owner: object, overrides: Overrides) -> Iterator[None]:
         _TRACED.overrides = traced
 
 
-def replaced_by(given: Overrides) -> list[str]:
-    """Names of the settings that would win over those given, and so must yield to them."""
+def replaced_by(given: Overrides) -> dict[str, Any]:
+    """The settings that would win over those given, and so must yield to them, with their defaults."""
     names = [name for key, losers in _REPLACED.items() if given.get(key) is not None for name in losers]
-    return [name for name in names if name not in given]
+    return {name: _DEFAULTS[name] for name in names if name not in given}
 
 
 def combine(outer: Overrides, inner: Overrides) -> Overrides:
@@ -454,7 +457,7 @@ def with_overrides(settings: Settings, overrides: Overrides) -> Settings:
     if not changed:
         return settings
     replaced = replaced_by(changed)
-    values = {name: None if name in replaced else getattr(settings, name) for name in names_of(settings)}
+    values = {name: replaced.get(name, getattr(settings, name)) for name in names_of(settings)}
     result: Settings = make_settings({**values, **changed}, _MIXINS[settings.settings_kind])
     return result
 

@@ -6,11 +6,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-from ailurus_hf import AiluRusBackbone, AiluRusForSemanticSegmentation, AiluRusImageProcessor, AiluRusModel
+from ailurus_hf import (
+    AiluRusBackbone,
+    AiluRusForSemanticSegmentation,
+    AiluRusImageProcessor,
+    AiluRusModel,
+    LookupViTModel,
+)
 from ailurus_hf.benchmark import count_flops, keep_ratio_at, speed_up, time_side_by_side
 from ailurus_hf.data import LabelledImage
 from ailurus_hf.evaluation import evaluate_segmentation
-from tests.factories import tiny_config, tiny_model
+from tests.factories import tiny_config, tiny_lookupvit, tiny_model
 
 
 def layer_flops(tokens, size=32, hidden=64):
@@ -50,6 +56,13 @@ def test_a_share_of_tokens_for_a_cost(settings):
     count = round(keep_ratio_at(model, 48, 48, 1.4, **settings) * 36)
     costs = [dense / count_flops(model, 48, 48, keep_ratio=kept / 36, **settings) for kept in (count, count + 1)]
     assert costs[0] >= 1.4 > costs[1]
+
+
+def test_settings_that_a_model_lacks_are_refused():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'keep_ration'; did you mean 'keep_ratio'"):
+        count_flops(tiny_model(AiluRusModel), 48, 48, keep_ration=0.5)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'keep_ratio'"):
+        keep_ratio_at(tiny_lookupvit(LookupViTModel), 48, 48, 1.5)
 
 
 def test_large_models_are_counted_without_their_memory():

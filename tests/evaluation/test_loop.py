@@ -79,6 +79,8 @@ def test_methods_side_by_side_with_intervals(samples):
     low, high = found["agreement"]
     assert low <= rows[1]["agreement"] <= high
     assert report.intervals(report.budgets[0]) == {"mean_iou_difference": (0, 0), "agreement": (1, 1)}
+    [dense] = evaluate_segmentation(network(), PROCESSOR, samples, [], progress=False).budgets
+    assert dense.keep_ratio == 1
     assert "agreement_low" not in evaluate_segmentation(network(), PROCESSOR, samples, progress=False).rows()[1]
 
 

@@ -148,6 +148,9 @@ def test_what_is_given_to_from_pretrained_takes_the_place_of_what_is_stored(tmp_
     tiny_config(num_clusters=10, places=[[1, 0.5]]).save_pretrained(tmp_path)
     loaded = AiluRusConfig.from_pretrained(tmp_path, keep_ratio=0.25)
     assert (loaded.num_clusters, loaded.places, loaded.num_groups(36)) == (None, None, 9)
+    tiny_config(keep_ratio=1.0).save_pretrained(tmp_path / "dense")
+    loaded = AiluRusConfig.from_pretrained(tmp_path / "dense", places=[[1, 0.5]])
+    assert (loaded.keep_ratio, loaded.num_groups(36)) == (0.5, 18)
     loaded = AiluRusConfig.from_pretrained(tmp_path, num_clusters=4)
     assert (loaded.places, loaded.num_groups(36)) == (None, 4)
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ailurus_hf import AiluRusModel, with_budget
+from ailurus_hf.modeling import grouping_region_merging
 from ailurus_hf.modeling.grouping_region_merging import (
     grid_edges,
     merge_regions,
@@ -51,6 +52,14 @@ def test_the_groups_are_those_of_loops(grid, high):
         found, _ = merge_regions(tokens, grid, num_groups)
         counts = num_regions_after_rounds(num_tokens, num_groups)
         assert by_first_member(found[0]) == reference.merge_regions(tokens[0].numpy(), grid, counts)
+
+
+def test_blocks_of_edges_change_no_bit(monkeypatch):
+    tokens = torch.randn(2, 48, 96, generator=torch.Generator().manual_seed(0))
+    whole = merge_regions(tokens, (6, 8), 12)
+    monkeypatch.setattr(grouping_region_merging, "_EDGES_BLOCK", 7)
+    for found, expected in zip(merge_regions(tokens, (6, 8), 12), whole, strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("num_groups", [12, 20, 40])

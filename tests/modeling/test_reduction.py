@@ -280,6 +280,10 @@ def test_what_is_merged_merges_again():
         plain = model(images).last_hidden_state
     model.config.keep_ratio = 1.0
     assert torch.equal(model(images).last_hidden_state, plain)
+    with with_budget(model, places=TWICE):  # given later than the ratio
+        assert torch.equal(model(images).last_hidden_state, output.last_hidden_state)
+    with with_budget(model, keep_ratio=1), with_budget(model, places=TWICE):
+        assert torch.equal(model(images).last_hidden_state, output.last_hidden_state)
 
 
 def test_merging_again_in_one_graph_and_exported(monkeypatch):
