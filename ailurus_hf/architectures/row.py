@@ -51,10 +51,11 @@ def num_kept(num_tokens: int, keep_ratio: float, num_clusters: int | None) -> in
 
 
 def merge_settings(config: Any) -> dict[str, Any]:
-    """The settings of adaptive resolution, by name."""
+    """The settings of adaptive resolution, by name, with the layer that `cluster_layer=None` stands for."""
     from ..modeling.settings import AdaptiveResolutionMixin
 
-    return {field.name: getattr(config, field.name) for field in fields(AdaptiveResolutionMixin)}
+    settings = {field.name: getattr(config, field.name) for field in fields(AdaptiveResolutionMixin)}
+    return {**settings, "cluster_layer": config.num_dense_layers}
 
 
 def grouping_flops(config: Any, stages: list[TokenStage]) -> int:

@@ -27,7 +27,7 @@ from .token_groups import TokenGroups, flat_index, table, unfold_tokens
 NUM_FEATURES = 64  # distances are between projections to so many numbers, see `project`
 NUM_ROUNDS = 12
 _PLACE = 2**31 - 1  # the bits of a key that hold a place, below the 32 of a number
-_EDGES_BLOCK = 4096  # edges on the CPU whose costs are computed together: the means at their ends fill 2 MiB
+_EDGES_BLOCK = 8192  # edges on the CPU whose costs are computed together: the means at their ends fill 4 MiB
 _FIRST = -(2**62)  # brings a key below those of all finite costs, and a broken one above these
 _NO_EDGE = 2**63 - 2**31  # above all keys, and with a place that exists
 
