@@ -15,7 +15,8 @@ bits on every device.
 """
 
 import math
-from itertools import product
+from itertools import pairwise, product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,14 +82,15 @@ def _signs(hidden_size: int, dtype: torch.dtype, device: torch.device) -> Tensor
     return signs.view(hidden_size, NUM_FEATURES) / math.sqrt(NUM_FEATURES)
 
 
-def _flat_edges(grid: tuple[int, ...], batch_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _flat_edges(grid: tuple[int, ...], batch_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tables for all images in one row of tokens: the tokens at both ends of every edge (batch_size * num_edges * 2,),
-    for each end the place of the other one in that table, and the tokens (batch_size * N,); all int64."""
+    for each end the place of the other one in that table, and twice the tokens (batch_size * N,); all int64."""
     first_token = torch.arange(batch_size, device=device)[:, None, None] * math.prod(grid)
     ends = (torch.stack(grid_edges(grid, device), dim=1) + first_token).flatten()
     return (
         ends,
         torch.arange(ends.numel(), device=device) ^ 1,
+        torch.arange(batch_size * math.prod(grid), device=device),
         torch.arange(batch_size * math.prod(grid), device=device),
     )
 
@@ -134,8 +136,8 @@ def merge_regions(
         raise ValueError(f"protect must be {shape} bool, got {tuple(protect.shape)} {str(protect.dtype)[6:]}")
     with maybe_autocast(tokens.device.type, enabled=False):
         features = project(tokens.to(torch.promote_types(tokens.dtype, torch.float32)))
-        edges, others, index = table(_flat_edges, grid, shape[0], like=tokens)
-        region = index  # of each token of all images: one of its tokens, the region's root
+        # Region of each token of all images: one of its tokens, the region's root.
+        edges, others, index, region = table(_flat_edges, grid, shape[0], like=tokens)
         if merged is not None:
             features = unfold_tokens(features, merged)
             roots = flat_index(merged.order.gather(1, merged.starts), shape[1])
@@ -148,17 +150,10 @@ def merge_regions(
         if merged is not None:
             rows[:, -1].masked_fill_(region != index, 0)
             means = _means(rows, region, index)
-        num_regions = num_tokens
-        for num_left in num_regions_after_rounds(num_tokens, num_groups, protect is not None):
-            ends = region.index_select(0, edges)
-            keys = _edge_keys(means, ends, others, frozen)
-            partner, turn = _pick(keys, ends, index)
-            num_merged = num_regions - num_left
-            last = turn.view(shape).sort(dim=1).values[:, num_merged - 1, None]
-            contracts = (turn.view(shape) <= last).flatten()
-            region = _roots(torch.where(contracts, partner, index), num_merged).index_select(0, region)
+        for last, depth in _rounds(num_tokens, num_groups, protect is not None, index):
+            region, contracts = _contract(means, region, edges, others, index, frozen, shape[0], last, depth)
             rows[:, -1].masked_fill_(contracts, 0)
-            means, num_regions = _means(rows, region, index), num_left
+            means = _means(rows, region, index)
         of_tokens = F.embedding(region, means)
         if protect is not None and not torch.compiler.is_compiling():
             _check_protected(of_tokens[:, -1].view(shape), protect, num_groups)
@@ -171,6 +166,37 @@ def merge_regions(
         if merged is not None:
             nearest = merged.representatives.gather(1, merged.assignment.gather(1, nearest))
         return assignment, nearest
+
+
+def _rounds(num_tokens: int, num_groups: int, protecting: bool, index: Tensor) -> list[tuple[Any, int]]:
+    """For each round how many regions it merges into others, and how often `_roots` has to double its steps. In a graph
+    the former is a tensor and the latter the same in all rounds, so that they are compiled once."""
+    counts = [num_tokens, *num_regions_after_rounds(num_tokens, num_groups, protecting)]
+    merged = [before - after for before, after in pairwise(counts)]
+    depths = [(count - 1).bit_length() for count in merged]
+    if torch.compiler.is_compiling():
+        return [(torch.full((1,), count - 1, device=index.device), max(depths)) for count in merged]
+    return [(slice(count - 1, count), depth) for count, depth in zip(merged, depths, strict=True)]
+
+
+@torch.compiler.nested_compile_region  # no two arguments may be the same tensor
+def _contract(
+    means: Tensor,
+    region: Tensor,
+    edges: Tensor,
+    others: Tensor,
+    index: Tensor,
+    frozen: Tensor | None,
+    batch_size: int,
+    last: Any,
+    depth: int,
+) -> tuple[Tensor, Tensor]:
+    """One round: the regions after it, and which tokens are roots no longer, each (batch_size * N,)."""
+    ends = region.index_select(0, edges)
+    partner, turn = _pick(_edge_keys(means, ends, others, frozen), ends, index)
+    turn = turn.view(batch_size, -1)
+    contracts = (turn <= turn.sort(dim=1).values[:, last]).flatten()
+    return _roots(torch.where(contracts, partner, index), depth).index_select(0, region), contracts
 
 
 def _keys(values: Tensor, places: Tensor) -> Tensor:
@@ -212,9 +238,9 @@ def _pick(keys: Tensor, ends: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return partner, turn.masked_fill_(answer > best, _NO_EDGE)
 
 
-def _roots(parent: Tensor, num_edges: int) -> Tensor:
-    """The end of each token's chain of parents, of which so many lead on."""
-    for _ in range((num_edges - 1).bit_length()):  # each doubles the steps taken
+def _roots(parent: Tensor, depth: int) -> Tensor:
+    """The end of each token's chain of parents, which is at most 2^depth long."""
+    for _ in range(depth):  # each doubles the steps taken
         parent = parent.index_select(0, parent)
     return parent
 

@@ -198,3 +198,21 @@ def test_arguments_that_do_not_fit():
         merge_regions(torch.zeros(1, 5, 4), (2, 3), 2)
     with pytest.raises(ValueError, match="num_groups must be between"):
         merge_regions(torch.zeros(1, 6, 4), (2, 3), 7)
+
+
+def test_rounds_are_compiled_once():
+    """Whatever number of rounds, one graph holds one of them, and refers to it."""
+    graphs = []
+
+    def backend(module, _):
+        graphs.append(module)
+        return module
+
+    tokens = torch.randn(2, 63, 16)
+    compiled = torch.compile(merge_regions, fullgraph=True, backend=backend)
+    found = compiled(tokens, (7, 9), 20)
+    (module,) = graphs
+    rounds = [node for node in module.graph.nodes if "invoke_subgraph" in str(node.target)]
+    assert len(rounds) == len(num_regions_after_rounds(63, 20)) > 5
+    assert len([name for name, _ in module.named_children()]) == 1
+    assert torch.equal(found[0], merge_regions(tokens, (7, 9), 20)[0])
