@@ -428,7 +428,7 @@ class EncoderController:
         """Unfold a tuple of hidden states, one for the first layer's input and one per layer; leave all else alone."""
         if not isinstance(recorded, tuple):
             return recorded
-        _refuse_attentions(recorded)
+        _refuse_attentions(recorded, stretches)
         if len(recorded) != len(self.layers) + 1:
             return recorded
         states = list(recorded)
@@ -494,8 +494,10 @@ def _owner_of(hook: Any) -> Any:
     return getattr(getattr(hook, "func", hook), "__self__", None)
 
 
-def _refuse_attentions(recorded: tuple[Any, ...]) -> None:
-    if any(isinstance(part, Tensor) and part.ndim == 4 and part.shape[-1] == part.shape[-2] for part in recorded):
+def _refuse_attentions(recorded: tuple[Any, ...], stretches: list[Stretch]) -> None:
+    lengths = {part.tokens.shape[1] for stretch in stretches for part in stretch.by_layer.values()}
+    merged = [(length, length) for length in lengths]  # sides of weights, which square feature maps do not have
+    if any(isinstance(part, Tensor) and part.ndim == 4 and part.shape[-2:] in merged for part in recorded):
         raise ValueError(
             "output_attentions=True is not possible where tokens are merged: the weights of those layers are between "
             "merged tokens; set model.config.ailurus['keep_ratio'] = 1, or call remove_ailurus(model)"

@@ -21,11 +21,13 @@ from .settings import (
     in_unit_interval,
     odd,
     one_of,
+    plain_numbers,
     side_or_sides,
     warn_of_misspelt,
 )
 
 
+@plain_numbers
 @strict
 class AiluRusDecodeHeadConfig(PreTrainedConfig):
     """Configuration of the head of a segmentation model, `AiluRusConfig.decode_head`.
@@ -64,6 +66,7 @@ _OLD_NAMES = {
 }
 
 
+@plain_numbers
 @strict
 class AiluRusConfig(ClassColoursMixin, AdaptiveResolutionMixin, BackboneConfigMixin, PreTrainedConfig):
     """Configuration of a plain vision transformer with adaptive resolution.

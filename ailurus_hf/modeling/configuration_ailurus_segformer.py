@@ -16,6 +16,7 @@ from .settings import (
     finite_from_zero,
     in_unit_interval,
     one_of,
+    plain_numbers,
     positive,
     side_or_sides,
     warn_of_misspelt,
@@ -25,6 +26,7 @@ from .settings import (
 _PER_STAGE = ("depths", "hidden_sizes", "num_attention_heads", "sr_ratios", "patch_sizes", "strides", "mlp_ratios")
 
 
+@plain_numbers
 @strict
 class AiluRusSegformerConfig(ClassColoursMixin, StageResolutionMixin, BackboneConfigMixin, PreTrainedConfig):
     """Configuration of a SegFormer (arXiv 2105.15203) with adaptive resolution in its stages.

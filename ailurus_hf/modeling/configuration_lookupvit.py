@@ -17,6 +17,7 @@ from .settings import (
     finite_from_zero,
     in_unit_interval,
     one_of,
+    plain_numbers,
     positive,
     side_or_sides,
     warn_of_misspelt,
@@ -33,6 +34,7 @@ def _sizes(values: Any) -> None:
         positive(value)
 
 
+@plain_numbers
 @strict
 class LookupViTConfig(ClassColoursMixin, CompressedSizeMixin, BackboneConfigMixin, PreTrainedConfig):
     """Configuration of LookupViT (arXiv 2407.12753), for images, or for video where `num_frames` is above 1.
@@ -57,6 +59,9 @@ class LookupViTConfig(ClassColoursMixin, CompressedSizeMixin, BackboneConfigMixi
         num_frames: frames of a video in training; 1 makes a model of images. Fixes the learned positions' grid too.
         tubelet_size: consecutive frames that one token covers; divides the frames of every video.
         qkv_bias: whether query, key and value projections have a bias.
+        attention_reuse: what the lookup tokens take from the attention that gathers, the other way round: its
+            "weights", scaled so that those of a lookup token sum to 1 on average, or its "logits", with a softmax over
+            the compressed tokens, so that they sum to 1.
         compressed_sizes: what `compressed_size` is drawn from for each forward in training, with equal chances; those
             larger than the grid are left out. The compressed tokens' learned positions are of the largest of them that
             fits the grid in training, on each axis.
@@ -92,6 +97,7 @@ class LookupViTConfig(ClassColoursMixin, CompressedSizeMixin, BackboneConfigMixi
     num_frames: int = validated_field(at_least(1), default=1)
     tubelet_size: int = validated_field(at_least(1), default=1)
     qkv_bias: bool = True
+    attention_reuse: str = validated_field(one_of("weights", "logits"), default="weights")
     compressed_sizes: list[Size] | tuple[Size, ...] = validated_field(_sizes, default=(3, 5, 7, 10))
     pooling: str = validated_field(one_of("both", "compressed", "lookup"), default="both")
     apply_layernorm: bool = True

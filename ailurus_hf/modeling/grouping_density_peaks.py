@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils.generic import maybe_autocast
 
-from .token_groups import kept, table, take_tokens
+from .token_groups import kept, refuse_tracing, table, take_tokens
 
 _MAX_DIFFERENCES_BLOCK = 2**18  # most elements, on the CPU, of the differences computed together (1 MiB): cached
 _MAX_DISTANCE_BLOCK = 2**22  # most elements, per image, of a block of token-to-representative distances (16 MiB)
@@ -29,6 +29,14 @@ def neighborhood_offsets(num_axes: int, neighborhood_size: int) -> tuple[tuple[i
     while len(ball := _ball(num_axes, radius)) < neighborhood_size:
         radius += 1
     return tuple(sorted(ball, key=lambda offset: (_squared_length(offset), offset))[:neighborhood_size])
+
+
+def offsets_on(grid: tuple[int, ...], neighborhood_size: int) -> tuple[tuple[int, ...], ...]:
+    """`neighborhood_offsets`, without those that are longer than any step on the grid."""
+    radius = math.isqrt(sum((size - 1) ** 2 for size in grid)) + 1
+    if neighborhood_size > 2 * radius * len(grid):  # that many lie on the axes alone
+        neighborhood_size = min(neighborhood_size, len(_ball(len(grid), radius)))
+    return neighborhood_offsets(len(grid), neighborhood_size)
 
 
 def _ball(num_axes: int, radius: int) -> list[tuple[int, ...]]:
@@ -54,7 +62,11 @@ def neighbor_indices(grid: tuple[int, ...], offsets: tuple[tuple[int, ...], ...]
 
 
 def neighborhood_distances(
-    tokens: Tensor, grid: tuple[int, ...], offsets: tuple[tuple[int, ...], ...], spatial_alpha: float
+    tokens: Tensor,
+    grid: tuple[int, ...],
+    offsets: tuple[tuple[int, ...], ...],
+    spatial_alpha: float,
+    neighborhood_size: int | None = None,
 ) -> Tensor:
     """Spatial-aware distance of every token to its neighbours.
 
@@ -65,6 +77,7 @@ def neighborhood_distances(
         grid: sizes of the grid axes in tokens, `(height, width)` or `(time, height, width)`; their product is N.
         offsets: the neighbourhood, see `neighborhood_offsets`.
         spatial_alpha: weight of the feature distance alone, in [0, 1].
+        neighborhood_size: lambda; the number of offsets when None.
 
     Returns:
         (batch_size, num_offsets, N), infinite where the neighbour is outside the grid.
@@ -72,7 +85,8 @@ def neighborhood_distances(
     batch_size, num_tokens, hidden_size = tokens.shape
     bands = kept(_bands, grid, offsets, _differences_at_once(tokens))
     places, nothing = table(_places, grid, offsets, bands, tokens.dtype, like=tokens)
-    weight = table(_spatial_weight, len(offsets), spatial_alpha, hidden_size, tokens.dtype, like=tokens)
+    size = neighborhood_size or len(offsets)
+    weight = table(_spatial_weight, len(offsets), size, spatial_alpha, hidden_size, tokens.dtype, like=tokens)
     # The neighbours of a token along the last axis stand beside each other, for the next token one further: windows.
     margin = max(abs(offset[-1]) for offset in offsets)
     padded = F.pad(tokens, (0, 0, margin, margin))
@@ -146,11 +160,16 @@ def _places(
 
 
 def _spatial_weight(
-    num_offsets: int, spatial_alpha: float, hidden_size: int, dtype: torch.dtype, device: torch.device
+    num_offsets: int,
+    neighborhood_size: int,
+    spatial_alpha: float,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
     """What distances at each offset are multiplied by, (num_offsets, 1)."""
     rank = torch.arange(1, num_offsets + 1, device=device, dtype=dtype)
-    weight = spatial_alpha + (1 - spatial_alpha) * rank / num_offsets
+    weight = spatial_alpha + (1 - spatial_alpha) * rank / neighborhood_size
     return (weight / math.sqrt(hidden_size))[:, None]
 
 
@@ -206,6 +225,7 @@ def cluster_tokens(
     Raises:
         ValueError: `tokens` does not fit `grid`, or `num_clusters` is outside [1, N].
     """
+    refuse_tracing("density_peaks")
     num_tokens = math.prod(grid)
     if tokens.ndim != 3 or tokens.shape[1] != num_tokens:
         raise ValueError(f"tokens must be (batch_size, {num_tokens}, hidden_size) on grid {grid}, got {tokens.shape}")
@@ -214,8 +234,8 @@ def cluster_tokens(
     tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     # Under autocast the distances of the last step would leave float32: other groups, or none where float16 overflows.
     with maybe_autocast(tokens.device.type, enabled=False):
-        offsets = kept(neighborhood_offsets, len(grid), neighborhood_size)
-        distances = neighborhood_distances(tokens, grid, offsets, spatial_alpha)
+        offsets = kept(offsets_on, grid, neighborhood_size)
+        distances = neighborhood_distances(tokens, grid, offsets, spatial_alpha, neighborhood_size)
         bits = torch.int64 if tokens.dtype == torch.float64 else torch.int32
         neighbors, is_later, index = table(_neighbor_tables, grid, offsets, bits, like=tokens)
 

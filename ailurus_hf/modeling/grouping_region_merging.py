@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils.generic import maybe_autocast
 
-from .token_groups import TokenGroups, flat_index, table, unfold_tokens
+from .token_groups import TokenGroups, flat_index, refuse_tracing, table, unfold_tokens
 
 NUM_FEATURES = 64  # distances are between projections to so many numbers, see `project`
 NUM_ROUNDS = 12
@@ -126,6 +126,7 @@ def merge_regions(
         ValueError: `tokens` or `protect` does not fit `grid`; `num_groups` is outside its range; or so many tokens are
             protected that the others do not fit into the groups that are left.
     """
+    refuse_tracing("region_merging")
     num_tokens = math.prod(grid) if merged is None else merged.sizes.shape[1]
     if tokens.ndim != 3 or tokens.shape[1] != num_tokens:
         raise ValueError(f"tokens must be (batch_size, {num_tokens}, hidden_size) on grid {grid}, got {tokens.shape}")

@@ -1,4 +1,4 @@
-"""The block of LookupViT: attention that hands on its logits, and the reuse of them in the other direction."""
+"""The block of LookupViT: attention that hands on what it found, and the reuse of it in the other direction."""
 
 from typing import Any
 
@@ -52,23 +52,28 @@ class LookupViTGather(nn.Module):
 
 
 class LookupViTInfuse(nn.Module):
-    """What the lookup tokens take from the compressed ones, by the logits of `LookupViTGather` the other way round:
-    W_o softmax_M(S^T) W_v LN(c)."""
+    """What the lookup tokens take from the compressed ones, by the attention of `LookupViTGather` the other way round:
+    W_o A^T W_v LN(c), where A is `N / M softmax_N(S)`, whose rows for a lookup token sum to 1 on average, or, with
+    `attention_reuse="logits"`, `softmax_M(S)`."""
 
     def __init__(self, config: LookupViTConfig):
         super().__init__()
         size = config.hidden_size
         self.head_dim = size // config.num_attention_heads
         self.attention_dropout = config.attention_probs_dropout_prob
+        self.reuses_weights = config.attention_reuse == "weights"
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.v_proj = nn.Linear(size, size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(size, size)
 
-    def forward(self, compressed: Tensor, logits: Tensor) -> Tensor:
-        """Compressed tokens (batch_size, M, hidden_size) and logits (batch_size, num_heads, M, N) -> (batch_size, N,
-        hidden_size)."""
+    def forward(self, compressed: Tensor, logits: Tensor, weights: Tensor) -> Tensor:
+        """Compressed tokens (batch_size, M, hidden_size), logits and weights (batch_size, num_heads, M, N) ->
+        (batch_size, N, hidden_size)."""
         value = split_heads(self.v_proj(self.norm(compressed)), self.head_dim)
-        weights = attention_weights(logits, -2, self.attention_dropout, self.training)
+        if self.reuses_weights:
+            value = value * (logits.shape[-1] / logits.shape[-2])  # smaller than the weights
+        else:
+            weights = attention_weights(logits, -2, self.attention_dropout, self.training)
         return self.o_proj((weights.transpose(-1, -2) @ value).transpose(1, 2).flatten(2))
 
 
@@ -107,7 +112,7 @@ class LookupViTBlock(GradientCheckpointingLayer):
         compressed = compressed + self._branch(gathered)
         compressed = compressed + self._branch(self.attention(self.layernorm_before(compressed))[0])
         compressed = compressed + self._branch(self.mlp(self.layernorm_after(compressed)))
-        lookup = lookup + self._branch(self.infuse(compressed, logits))
+        lookup = lookup + self._branch(self.infuse(compressed, logits, weights))
         lookup = lookup + self._branch(self.lookup_mlp(self.lookup_norm(lookup)))
         return compressed, lookup, weights if output_attentions else None
 

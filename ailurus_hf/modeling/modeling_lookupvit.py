@@ -2,7 +2,7 @@
 
 The lookup tokens are the patches of the whole grid; the compressed tokens are a grid of any smaller size, resized from
 them. In each block the compressed tokens gather from the lookup tokens and are refined by attention among themselves
-and an MLP; the lookup tokens take the result back by the same attention logits and have a light MLP. One model serves
+and an MLP; the lookup tokens take the result back by the same attention and have a light MLP. One model serves
 every compressed size: in training it is drawn for each forward.
 """
 

@@ -169,7 +169,7 @@ def _density_peaks(
 
 def _density_peaks_flops(settings: AdaptiveResolutionMixin, num_tokens: int, hidden_size: int) -> int:
     """Subtract, square and add over the hidden size, once for each pair of neighbours."""
-    return 3 * hidden_size * num_tokens * math.ceil(settings.neighborhood_size / 2)
+    return 3 * hidden_size * num_tokens * math.ceil(min(settings.neighborhood_size, num_tokens) / 2)
 
 
 def _grid(
@@ -263,6 +263,8 @@ def reduce(
         ValueError: the method takes a hint that it cannot heed, needs what the caller does not have, or has parameters
             and no model owns its module.
     """
+    if torch.jit.is_tracing():  # where sizes are tensors
+        grid, num_groups = tuple(int(size) for size in grid), int(num_groups)
     if num_groups >= tokens.shape[1]:
         return None
     row, context = GROUPINGS[settings.grouping], context or ReductionContext()

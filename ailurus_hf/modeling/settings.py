@@ -16,10 +16,31 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar
 
+import numpy as np
 import torch
 from huggingface_hub.dataclasses import strict, validated_field
 from huggingface_hub.errors import StrictDataclassError
 from transformers.activations import ACT2FN
+
+_Class = TypeVar("_Class")
+
+
+def plain_numbers(cls: type[_Class]) -> type[_Class]:
+    """Decorates a `@strict` class: NumPy's scalars, also those in lists, become Python's before they are checked, since
+    only these pass as what the fields are declared to be, and as JSON."""
+    checked = cls.__setattr__
+
+    def set_plain(self: Any, name: str, value: Any) -> None:
+        checked(self, name, _plain(value))
+
+    cls.__setattr__ = set_plain  # type: ignore[method-assign]
+    return cls
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
 def at_least(minimum: int) -> Any:
@@ -339,18 +360,21 @@ class CompressedSizeMixin(SettingsMixin):
     compressed_size: int | list[int] | tuple[int, ...] = validated_field(positive, default=7)  # noqa: RUF009
 
 
+@plain_numbers
 @strict
 @dataclass
 class AdaptiveResolutionSettings(AdaptiveResolutionMixin):
     """The settings by themselves, for models whose configuration is not this package's."""
 
 
+@plain_numbers
 @strict
 @dataclass
 class StageResolutionSettings(StageResolutionMixin):
     """The settings of a hierarchical model by themselves."""
 
 
+@plain_numbers
 @strict
 @dataclass
 class CompressedSizeSettings(CompressedSizeMixin):

@@ -101,6 +101,14 @@ def flat_index(index: Tensor, num_rows: int) -> Tensor:
     return index + torch.arange(index.shape[0], device=index.device)[:, None] * num_rows
 
 
+def refuse_tracing(grouping: str) -> None:
+    """Raise RuntimeError in `torch.jit.trace`, which cannot trace a tensor's bits (`Tensor.view(dtype)`)."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            f"torch.jit.trace cannot trace grouping {grouping!r}: use torch.export.export, or trace with keep_ratio=1"
+        )
+
+
 def table(build: Callable[..., _Table], *arguments: Any, like: Tensor) -> _Table:
     """`build(*arguments, device)` for tensors that go with `like`, made once and kept. What depends on the arguments
     alone, such as the neighbours on a grid, need not be made in every forward. Nobody may write into a table."""

@@ -1,6 +1,8 @@
 """Encoders whose layers are changed after adapting, that run in parts, and whose insides others look at."""
 
 import copy
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -243,3 +245,12 @@ def test_merged_tokens_inside_a_layer_are_restored():
     assert {tuple(row.tolist()) for row in full[0]} == {tuple(row.tolist()) for row in merged[0]}
     with pytest.raises(ValueError, match="no forward"):
         restore(merged, model)
+
+
+def test_parts_that_run_alone_keep_no_model_alive():
+    model = apply_ailurus(vit()[0])
+    model.embeddings(**INPUTS)
+    freed = weakref.ref(model)
+    del model
+    gc.collect()
+    assert freed() is None

@@ -4,12 +4,14 @@ import json
 import math
 from dataclasses import fields
 
+import numpy as np
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from ailurus_hf import AiluRusConfig, AiluRusSegformerConfig, LookupViTConfig
 from ailurus_hf.modeling.configuration_ailurus import AiluRusDecodeHeadConfig
+from ailurus_hf.modeling.settings import AdaptiveResolutionSettings, make_settings
 
 CONFIGS = [AiluRusConfig, AiluRusDecodeHeadConfig, AiluRusSegformerConfig, LookupViTConfig]
 INHERITED = {field.name for field in fields(PreTrainedConfig)}  # transformers' own business
@@ -54,3 +56,25 @@ def test_a_near_miss_of_a_name_is_warned_of(config_class):
     config_class(num_labels=3, id2label={0: "a", 1: "b", 2: "c"}, my_own_note="kept")
     with pytest.warns(UserWarning, match="did you mean 'keep_ratio'"):
         AiluRusConfig(keep_ration=0.3)
+
+
+@pytest.mark.parametrize("config_class", [AiluRusConfig, AiluRusSegformerConfig, LookupViTConfig])
+def test_numbers_of_numpy(config_class):
+    config = config_class(
+        num_channels=np.int64(4),
+        hidden_dropout_prob=np.float32(0.25),
+        qkv_bias=np.bool_(False),
+        palette=[list(np.array([1, 2, 3], np.uint8))] * 2,
+    )
+    config.layer_norm_eps = np.float32(0.5)
+    plain = config_class(num_channels=4, hidden_dropout_prob=0.25, qkv_bias=False, palette=[[1, 2, 3]] * 2)
+    plain.layer_norm_eps = 0.5
+    assert json.loads(json.dumps(config.to_dict())) == json.loads(json.dumps(plain.to_dict()))
+    with pytest.raises(StrictDataclassError, match="num_channels"):
+        config_class(num_channels=np.int64(-1))
+
+
+def test_settings_take_numbers_of_numpy():
+    settings = AdaptiveResolutionSettings(keep_ratio=np.float32(0.5), places=[[np.int64(1), np.float64(0.5)]])
+    assert (type(settings.keep_ratio), settings.places) == (float, [[1, 0.5]])
+    assert make_settings({"num_clusters": np.int32(7)}).num_clusters == 7

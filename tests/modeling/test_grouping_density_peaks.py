@@ -12,6 +12,7 @@ from ailurus_hf.modeling.grouping_density_peaks import (
     neighbor_indices,
     neighborhood_distances,
     neighborhood_offsets,
+    offsets_on,
 )
 from tests.reference.clustering import cluster_image, offsets_by_brute_force
 
@@ -231,3 +232,18 @@ def test_refuses_impossible_counts(num_clusters):
 def test_refuses_tokens_that_do_not_fit_the_grid():
     with pytest.raises(ValueError, match=r"tokens must be \(batch_size, 12, hidden_size\) on grid \(3, 4\)"):
         cluster_tokens(torch.zeros(1, 13, 4), (3, 4), 2)
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(1, 400))
+def test_a_neighbourhood_beyond_the_grid_is_cut(grid, neighborhood_size):
+    """What is cut leads out of the grid from everywhere, and the rest keeps its weights: the same clusters."""
+    offsets, every = offsets_on(tuple(grid), neighborhood_size), neighborhood_offsets(len(grid), neighborhood_size)
+    assert offsets == every[: len(offsets)]
+    assert all(any(abs(step) >= size for step, size in zip(o, grid, strict=True)) for o in every[len(offsets) :])
+
+
+def test_a_huge_neighbourhood_is_the_whole_grid():
+    tokens = torch.randn(2, 30, 8)
+    found = cluster_tokens(tokens, (5, 6), 7, neighborhood_size=10**9, spatial_alpha=1)
+    expected = cluster_tokens(tokens, (5, 6), 7, neighborhood_size=400, spatial_alpha=1)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

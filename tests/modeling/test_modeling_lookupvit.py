@@ -57,9 +57,13 @@ def no_grad(request):
 # -------------------------------------------------------------------------------------------- the block by its formulas
 
 
-@given(st.integers(1, 6), st.integers(1, 9), st.sampled_from([1, 2, 4]), st.booleans(), st.integers(0, 99))
-def test_block_against_the_loop_version_grad(num_compressed, num_lookup, num_heads, qkv_bias, seed):
+REUSE = st.sampled_from(["weights", "logits"])
+
+
+@given(st.integers(1, 6), st.integers(1, 9), st.sampled_from([1, 2, 4]), st.booleans(), REUSE, st.integers(0, 99))
+def test_block_against_the_loop_version_grad(num_compressed, num_lookup, num_heads, qkv_bias, reuse, seed):
     settings = {"num_attention_heads": num_heads, "qkv_bias": qkv_bias, "attn_implementation": "sdpa"}
+    settings["attention_reuse"] = reuse
     config = tiny_lookupvit_config(hidden_size=8, **settings)
     with torch.enable_grad():
         torch.manual_seed(seed)
@@ -96,9 +100,10 @@ class Products(TorchDispatchMode):
         return result
 
 
-def test_the_logits_are_computed_once_in_a_block():
+@pytest.mark.parametrize("reuse", ["weights", "logits"])
+def test_the_logits_are_computed_once_in_a_block(reuse):
     """6 compressed and 11 lookup tokens; one head of 32: results of M x N are the logits, of N x M none."""
-    config = tiny_lookupvit_config(num_attention_heads=1, attn_implementation="eager")
+    config = tiny_lookupvit_config(num_attention_heads=1, attn_implementation="eager", attention_reuse=reuse)
     layer = LookupViTBlock(config).eval()
     with Products() as products:
         layer(torch.randn(1, 6, 32), torch.randn(1, 11, 32))

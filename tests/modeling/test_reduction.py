@@ -522,3 +522,23 @@ def native_vit():
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
     return ViTModel(ViTConfig(image_size=48, patch_size=8, **sizes)).eval()
+
+
+@pytest.mark.filterwarnings("ignore")  # of tracing: sizes become constants
+@pytest.mark.parametrize("settings", [{"keep_ratio": 1}, {"grouping": "grid"}, {}])
+def test_traced_where_nobody_looks_at_bits(settings):
+    class LastHiddenState(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixels):
+            return self.model(pixels).last_hidden_state
+
+    model, images = LastHiddenState(tiny_model(AiluRusModel, **settings)), random_images()
+    if not settings:
+        with pytest.raises(RuntimeError, match=r"cannot trace grouping 'region_merging': use torch\.export"):
+            torch.jit.trace(model, images)
+        return
+    traced = torch.jit.trace(model, images, check_trace=False)
+    torch.testing.assert_close(traced(images), model(images))

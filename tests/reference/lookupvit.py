@@ -49,10 +49,23 @@ def block(layer: Any, compressed: Tensor, lookup: Tensor) -> tuple[Tensor, Tenso
     tokens = [token + attention.o_proj(found) for token, found in zip(tokens, attended, strict=True)]
     tokens = [token + layer.mlp(layer.layernorm_after(token)) for token in tokens]
 
-    # infuse: the logits of gathering, with the tokens in each other's place
+    # infuse: the attention of gathering, with the tokens in each other's place
     infuse = layer.infuse
     values = [infuse.v_proj(infuse.norm(token)) for token in tokens]
-    found = averages(lambda n, m, head: logit(m, n, head), values, len(lookup))
+    if infuse.reuses_weights:
+        found = []
+        for n in range(len(lookup)):
+            parts = []
+            for head in heads:
+                shares = [
+                    logit(m, n, head).exp() / sum(logit(m, other, head).exp() for other in range(len(lookup)))
+                    for m in range(len(tokens))
+                ]
+                found_here = sum(share * part(value, head) for share, value in zip(shares, values, strict=True))
+                parts.append(found_here * len(lookup) / len(tokens))
+            found.append(torch.cat(parts))
+    else:
+        found = averages(lambda n, m, head: logit(m, n, head), values, len(lookup))
     grid = [token + infuse.o_proj(one) for token, one in zip(lookup, found, strict=True)]
     grid = [token + layer.lookup_mlp(layer.lookup_norm(token)) for token in grid]
     return torch.stack(tokens), torch.stack(grid)
