@@ -1,5 +1,7 @@
 """Loading a checkpoint for a command, strictly: a fault is an error here, where `from_pretrained` would only warn."""
 
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ def load_model(
             tensors are missing, unexpected or of the wrong shape.
         ValueError: a setting is not allowed.
     """
-    if Path(path).exists() or Path(path).is_absolute():
+    if os.path.lexists(path) or Path(path).is_absolute():
         _check_folder(Path(path))
     chosen = {name: value for name, value in settings.items() if value is not None}
     model_class = _model_class(path, any_head)
@@ -47,12 +49,17 @@ def load_model(
             raise ValueError(f"{path} holds a {model_class.__name__}, which has no setting {name}; leave it out")
     try:
         with quiet_transformers():
+            _check_parameters(path, model_class, chosen)
             # mismatched sizes are let through here only to be reported with the other faults below
             model, info = model_class.from_pretrained(
                 path, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **chosen
             )
     except StrictDataclassError as error:  # not a ValueError, and its text has several lines
         raise ValueError(f"settings of {path}: {' '.join(str(error).split())}") from error
+    except OSError:
+        raise
+    except Exception as error:  # whatever a setting makes of the code that takes it
+        raise CheckpointError(f"no model can be made of the settings of {path}: {_in_words(error)}") from error
     _check_loading(path, info)
     return model.eval()
 
@@ -63,7 +70,15 @@ def _model_class(path: str | Path, any_head: bool) -> type[PreTrainedModel]:
     Raises:
         CheckpointError: the configuration is not one of this package's, or the class is not for segmentation.
     """
-    config = PreTrainedConfig.get_config_dict(path)[0]
+    try:
+        config = PreTrainedConfig.get_config_dict(path)[0]
+    except (OSError, ValueError) as error:  # the name of a repository is checked with ValueErrors
+        if Path(path).is_dir():
+            raise
+        first = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"no folder {path}, and no model of that name on the Hub could be read: {first}"
+        ) from error
     model_type = config.get("model_type")
     if str(model_type) not in ARCHITECTURES:
         raise CheckpointError(
@@ -83,7 +98,8 @@ def _model_class(path: str | Path, any_head: bool) -> type[PreTrainedModel]:
 
 def _check_folder(folder: Path) -> None:
     if not folder.exists():
-        raise FileNotFoundError(f"{folder} does not exist; expected a checkpoint folder")
+        dead = f" is a link to {folder.readlink()}, which leads nowhere" if folder.is_symlink() else " does not exist"
+        raise FileNotFoundError(f"{folder}{dead}; expected a checkpoint folder")
     if not folder.is_dir():
         raise NotADirectoryError(
             f"{folder} is a file; expected a checkpoint folder with config.json and model.safetensors"
@@ -102,6 +118,30 @@ def _check_folder(folder: Path) -> None:
                 pass
         except SafetensorError as error:
             raise CheckpointError(f"{file} is damaged or cut short ({error})") from error
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _check_parameters(path: str | Path, model_class: type[PreTrainedModel], settings: dict[str, Any]) -> None:
+    """Refuse a configuration of far more parameters than the folder holds, before memory is taken for them."""
+    if not Path(path).is_dir():
+        return
+    with torch.device("meta"):
+        described = sum(weight.numel() for weight in model_class(_config(path, model_class, settings)).parameters())
+    stored = 0
+    for file in Path(path).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            stored += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    if described > 2 * stored + 1_000_000:
+        raise CheckpointError(
+            f"{path}: config.json describes a model of {described:,} parameters, but the weights are {stored:,}"
+        )
+
+
+def _config(path: str | Path, model_class: type[PreTrainedModel], settings: dict[str, Any]) -> PreTrainedConfig:
+    return model_class.config_class.from_pretrained(path, **settings)
 
 
 def _check_loading(path: str | Path, info: dict[str, Any]) -> None:
