@@ -25,7 +25,9 @@ from .visualize import visualize
 
 PROGRAM = "ailurus-hf"
 _PACKAGE = __name__.partition(".")[0]
-_NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|storage size calculation overflowed")
+_NO_MEMORY = re.compile(
+    "out of memory|can't allocate memory|not enough memory|storage size calculation overflowed", re.IGNORECASE
+)
 # Python arguments in the package's messages -> the options that set them.
 _OPTIONS = {
     r"\boverwrite=True\b": "--overwrite",

@@ -117,7 +117,7 @@ def _check_processor(processor: Any) -> None:
 
     size = processor.size or {}
     sides = [side for _, side in (size.items() if hasattr(size, "items") else vars(size).items()) if side is not None]
-    if any(side > MAX_SIDE for side in sides):
+    if processor.do_resize and any(side > MAX_SIDE for side in sides):
         raise ValueError(f"size must be at most {MAX_SIDE} pixels along each side, got {max(sides)}")
     processor(torch.zeros(3, 16, 16, dtype=torch.uint8), return_tensors="pt")
 

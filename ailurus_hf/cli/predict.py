@@ -1,6 +1,7 @@
 """`ailurus-hf predict`: pictures to label maps."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -142,6 +143,10 @@ def _is_report(path: Path) -> bool:
         return False
 
 
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # `Path.resolve` raises where links go round in a loop
+
+
 def _names(images: list[Path], out: Path, recursive: bool) -> dict[Path, str]:
     """What the results of each picture are called in `out`, up to the dot: with `recursive` by the folders below."""
     from ..data.images import is_litter, list_images
@@ -152,7 +157,7 @@ def _names(images: list[Path], out: Path, recursive: bool) -> dict[Path, str]:
             continue
         for file in list_images([given], recursive):
             # Results of an earlier run, where they lie below the pictures, are none.
-            if not (recursive and given.is_dir() and file.resolve().is_relative_to(out.resolve())):
+            if not (recursive and given.is_dir() and _real(file).is_relative_to(_real(out))):
                 inside = file.relative_to(given) if given.is_dir() else Path(file.name)
                 names[file] = str(inside.parent / inside.stem)
     if not names:

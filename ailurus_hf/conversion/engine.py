@@ -5,6 +5,7 @@ exactly the tensors of the model that the source's settings describe. What fails
 """
 
 import difflib
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -427,7 +428,7 @@ def _check_output(output: str | Path, source: str | Path, overwrite: bool) -> No
     """Check the output before the long work starts."""
     # --overwrite removes the folder, and the source with it
     target = check_output_directory(output, overwrite, is_model_file)
-    if target in (path := Path(source).resolve(), *path.parents):
+    if target in (path := Path(os.path.realpath(source)), *path.parents):
         raise ValueError(f"output must not be the source or a folder around it, got {output}")
 
 
