@@ -26,7 +26,8 @@ def load_model(
     """Load a checkpoint for inference.
 
     Args:
-        path: a folder written by `save_pretrained` or `ailurus-hf convert`, or a name on the Hugging Face Hub.
+        path: a folder written by `save_pretrained` or `ailurus-hf convert`, or a name on the Hugging Face Hub; or the
+            folder of an adapter of peft, which is merged into the model that it names.
         any_head: take whatever class `config.json` names; else only a segmentation model.
         dtype: dtype to load in; by default that of the file.
         settings: fields of the configuration to change; those that are `None` are left as they are.
@@ -41,6 +42,8 @@ def load_model(
         ValueError: a setting is not allowed.
     """
     if os.path.lexists(path) or Path(path).is_absolute():
+        if adapter_base(path) is not None:
+            return _merged(Path(path), dtype=dtype, any_head=any_head, **settings)
         _check_folder(Path(path))
     chosen = {name: value for name, value in settings.items() if value is not None}
     model_class = _model_class(path, any_head)
@@ -62,6 +65,44 @@ def load_model(
         raise CheckpointError(f"no model can be made of the settings of {path}: {_in_words(error)}") from error
     _check_loading(path, info)
     return model.eval()
+
+
+def adapter_base(path: str | Path) -> str | None:
+    """What an adapter of peft in a folder is for: a folder or a name on the Hub; None where there is no adapter.
+
+    Raises:
+        CheckpointError: the adapter does not say.
+    """
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file() or (Path(path) / "config.json").is_file():
+        return None
+    base = read_json_object(file, "base_model_name_or_path", CheckpointError).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(
+            f"{path} holds an adapter of peft that names no model it is for (base_model_name_or_path in {file.name}); "
+            "write the model's folder there, or merge them in Python: merge_and_unload(), save_pretrained()"
+        )
+    return base
+
+
+def _merged(folder: Path, **settings: Any) -> PreTrainedModel:
+    """The model that an adapter of peft is for, with the adapter merged into its weights."""
+    base = adapter_base(folder)
+    assert base is not None
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ImportError(
+            f"{folder} holds an adapter of peft for {base}: pip install peft, and it is merged here", name="peft"
+        ) from error
+    model = load_model(base, **settings)
+    try:
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except OSError:
+        raise
+    except Exception as error:  # whatever a setting makes of the code that takes it
+        raise CheckpointError(f"the adapter {folder} does not fit {base}: {_in_words(error)}") from error
+    return merged.eval()
 
 
 def _model_class(path: str | Path, any_head: bool) -> type[PreTrainedModel]:

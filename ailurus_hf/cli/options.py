@@ -92,9 +92,12 @@ def load_on_device(model: str, device: str, dtype: str | None, **settings: Any) 
 def load_processor(model: str) -> Any:
     """The checkpoint's image processor; the default one where it has none."""
     from .. import AiluRusImageProcessor
+    from .loading import adapter_base
 
     folder = Path(model)
     if folder.is_dir() and not (folder / "preprocessor_config.json").is_file():
+        if (base := adapter_base(folder)) is not None:
+            return load_processor(base)
         typer.echo(
             f"ailurus-hf: warning: {model} has no preprocessor_config.json; using the default settings", err=True
         )
