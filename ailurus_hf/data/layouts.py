@@ -188,7 +188,7 @@ class HubSegmentation(Sequence[LabelledImage]):
 
     def __getitem__(self, index: int) -> LabelledImage:  # type: ignore[override]  # no slices
         """Decode one row; errors as in `SegmentationFolder`, and TypeError for a stream."""
-        if not hasattr(self.dataset, "__getitem__"):
+        if not hasattr(self.dataset, "__len__"):
             raise TypeError(
                 "a stream has no rows by number: go through it, or load the data set without streaming=True"
             )
