@@ -119,7 +119,9 @@ def test_a_missing_extra_is_named_in_one_line():
     messages = json.loads(done.stdout)
     assert len(messages) == len(USES)
     for (package, extra, _), message in zip(USES, messages, strict=True):
-        assert re.fullmatch(rf".+ need {package}: pip install 'ailurus-hf\[{extra}\]'", message), message
+        assert re.fullmatch(rf".+ need {package}: pip install '\.\[{extra}\]' in the clone of ailurus_hf", message), (
+            message
+        )
 
 
 @pytest.mark.parametrize("package", ["typer", "rich"])
@@ -127,7 +129,10 @@ def test_the_command_says_what_it_lacks(package):
     code = f"import sys; sys.modules[{package!r}] = None; from ailurus_hf.cli import main; sys.exit(main(['--help']))"
     done = fresh(code)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"ailurus-hf: error: the commands need {package}: pip install 'ailurus-hf[cli]'\n"
+    assert (
+        done.stderr
+        == f"ailurus-hf: error: the commands need {package}: pip install '.[cli]' in the clone of ailurus_hf\n"
+    )
 
 
 def test_the_command_is_where_the_installed_script_looks():

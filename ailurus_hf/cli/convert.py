@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from ..utils.errors import CheckpointWarning
 from ..utils.files import read_json_object
-from .options import Json
+from .options import Json, parse_output
 
 if TYPE_CHECKING:
     from ..conversion import ConversionReport
@@ -33,7 +33,7 @@ def convert(
             help="Checkpoint folder or file; for transformers, timm and ailurus also a name on the Hub.",
         ),
     ],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    output: Annotated[Path, typer.Argument(parser=parse_output, metavar="OUT", help="Folder to write.")],
     keep_ratio: Annotated[
         float | None,
         typer.Option(help="Share of tokens the model keeps by default, above 0 and at most 1.", show_default="0.5"),
@@ -74,7 +74,9 @@ def convert(
             help="Set a field of the config, such as num_attention_heads=6 or image_size=[480,640]; may be repeated.",
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a checkpoint folder of this program that holds nothing else.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the key table, write nothing.")] = False,
     verify: Annotated[bool, typer.Option(help="Load the result and compare its output with the source.")] = True,
     as_json: Json = False,
@@ -131,6 +133,8 @@ def _parse_assignments(assignments: list[str]) -> dict[str, Any]:
             raise ValueError(f"--set must be key=value, got {assignment!r}")
         try:
             settings[key] = json.loads(value)
+        except RecursionError:
+            raise ValueError(f"--set {key}: the value is nested too deeply") from None
         except ValueError:
             settings[key] = value
     return settings

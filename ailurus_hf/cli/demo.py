@@ -8,19 +8,23 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from .options import Json, load_on_device, load_processor
-from .visualize import save_figure
+from ..utils.files import check_output_directory, check_output_file
+from .options import Json, load_on_device, load_processor, parse_output
+from .visualize import FIGURE, is_figure, save_figure
 
 CHECKPOINT = Path(__file__).parents[1] / "demo" / "checkpoint"
+MAX_SIDE = 2048  # the dense model's attention grows with the fourth power of it
 FIRST_SEED = 2_000_000  # the model was trained and measured on scenes of other seeds
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("demo_output"),
+    out: Annotated[Path, typer.Option(parser=parse_output, metavar="FOLDER", help="Folder for the picture.")] = Path(
+        "demo_output"
+    ),
     seed: Annotated[int, typer.Option(min=0, help="Which scene to draw.")] = 0,
     keep_ratio: Annotated[float, typer.Option(help="Share of tokens to keep, above 0 and at most 1.")] = 0.25,
-    height: Annotated[int, typer.Option(min=16, help="Height of the scene in pixels.")] = 256,
-    width: Annotated[int, typer.Option(min=16, help="Width of the scene in pixels.")] = 512,
+    height: Annotated[int, typer.Option(min=16, max=MAX_SIDE, help="Height of the scene in pixels.")] = 256,
+    width: Annotated[int, typer.Option(min=16, max=MAX_SIDE, help="Width of the scene in pixels.")] = 512,
     rounds: Annotated[int, typer.Option(min=1, help="How often each variant is timed.")] = 5,
     as_json: Json = False,
 ) -> None:
@@ -35,9 +39,10 @@ def demo(
     from ..data import LabelledImage
     from ..demo.scenes import draw_scene
     from ..evaluation import evaluate_segmentation, segment_image
-    from ..utils.files import check_output_directory
 
+    picture = out / FIGURE
     check_output_directory(out, overwrite=True)
+    check_output_file(picture, is_figure)
     model, processor = load_on_device(str(CHECKPOINT), "auto", None), load_processor(str(CHECKPOINT))
     scene = draw_scene(FIRST_SEED + seed, height, width)
     image = Image.fromarray(scene.image)
@@ -57,7 +62,6 @@ def demo(
                 "mean_iou": round(measured["mean_iou"], 4),
             }
         )
-    picture = out / "adaptive_resolution.png"
     save_figure(picture, model, image, *results)
     if as_json:
         typer.echo(json.dumps({"figure": str(picture), "variants": rows}, indent=2))

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from ..utils.files import atomic_file, check_output_file
 from .options import (
     ClusterLayer,
     Device,
@@ -19,11 +20,15 @@ from .options import (
     SlidingWindow,
     load_on_device,
     load_processor,
+    parse_output,
     parse_size,
 )
 
 if TYPE_CHECKING:
     from ..evaluation import EvaluationReport
+
+MAX_SCALE = 16  # 256 times the pixels
+COLUMNS = ("mean_iou", "agreement", "ms_per_picture")  # of every table
 
 INTERVALS = {"mean_iou_difference": "mIoU - dense (95 %)", "agreement": "agreement (95 %)"}
 SCORES = {"mean_iou": "mIoU", "pixel_accuracy": "pixel acc.", "boundary_f": "boundary F", "agreement": "agreement"}
@@ -80,7 +85,8 @@ def evaluate(
     sliding_window: SlidingWindow = False,
     flip: Annotated[bool, typer.Option("--flip", help="Average with the prediction of the mirror image.")] = False,
     scale: Annotated[
-        list[float] | None, typer.Option(help="Average over pictures resized by this factor; repeat for several.")
+        list[float] | None,
+        typer.Option(min=0, max=MAX_SCALE, help="Average over pictures resized by this factor; repeat for several."),
     ] = None,
     boundary: Annotated[bool, typer.Option("--boundary", help="Score the classes' boundaries too.")] = False,
     intervals: Annotated[
@@ -95,7 +101,8 @@ def evaluate(
     dtype: Dtype = None,
     as_json: Json = False,
     csv_file: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE", help="Write the table's rows as CSV too.")
+        Path | None,
+        typer.Option("--csv", parser=parse_output, metavar="FILE", help="Write the table's rows as CSV too."),
     ] = None,
 ) -> None:
     """Evaluate a checkpoint on pictures with labels, at several budgets side by side.
@@ -110,6 +117,8 @@ def evaluate(
     from ..evaluation import evaluate_segmentation
     from ..modeling.label_maps import num_classes
 
+    if csv_file is not None:
+        check_output_file(csv_file, _is_table)
     pairs = pair_files(images, labels)[:limit]
     network = load_on_device(model, device, dtype, cluster_layer=cluster_layer)
     ignored = network.config.semantic_loss_ignore_index if ignore_index is None else ignore_index
@@ -222,10 +231,15 @@ def _number(value: float | None) -> str:
 
 
 def _write_csv(report: "EvaluationReport", path: Path) -> None:
-    from ..utils.files import atomic_file
-
     rows = report.rows()
-    with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic_file(path, _is_table) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def _is_table(path: Path) -> bool:
+    """Whether a file is a table that this command wrote: CSV has no place for a mark."""
+    with path.open("rb") as file:
+        columns = file.readline(4096).decode(errors="replace").strip().split(",")
+    return set(COLUMNS) <= set(columns)

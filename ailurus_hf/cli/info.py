@@ -7,16 +7,17 @@ import typer
 
 from .options import CompressedSize, Json, KeepRatio
 
+MAX_SIDE = 100_000  # pixels; beyond, the sizes of tensors overflow
 NAME_WIDTH = 28
 
 
 def info(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint folder, or a name on the Hub.")],
     height: Annotated[
-        int | None, typer.Option(min=1, help="Height of the images in pixels.", show_default="as trained")
+        int | None, typer.Option(min=1, max=MAX_SIDE, help="Height of the images in pixels.", show_default="as trained")
     ] = None,
     width: Annotated[
-        int | None, typer.Option(min=1, help="Width of the images in pixels.", show_default="as trained")
+        int | None, typer.Option(min=1, max=MAX_SIDE, help="Width of the images in pixels.", show_default="as trained")
     ] = None,
     keep_ratio: KeepRatio = None,
     compressed_size: CompressedSize = None,

@@ -1,5 +1,7 @@
 """Loading a checkpoint for a command, strictly: a fault is an error here, where `from_pretrained` would only warn."""
 
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ def load_model(
     """Load a checkpoint for inference.
 
     Args:
-        path: a folder written by `save_pretrained` or `ailurus-hf convert`, or a name on the Hugging Face Hub.
+        path: a folder written by `save_pretrained` or `ailurus-hf convert`, or a name on the Hugging Face Hub; or the
+            folder of an adapter of peft, which is merged into the model that it names.
         any_head: take whatever class `config.json` names; else only a segmentation model.
         dtype: dtype to load in; by default that of the file.
         settings: fields of the configuration to change; those that are `None` are left as they are.
@@ -38,7 +41,9 @@ def load_model(
             tensors are missing, unexpected or of the wrong shape.
         ValueError: a setting is not allowed.
     """
-    if Path(path).exists() or Path(path).is_absolute():
+    if os.path.lexists(path) or Path(path).is_absolute():
+        if adapter_base(path) is not None:
+            return _merged(Path(path), dtype=dtype, any_head=any_head, **settings)
         _check_folder(Path(path))
     chosen = {name: value for name, value in settings.items() if value is not None}
     model_class = _model_class(path, any_head)
@@ -47,14 +52,57 @@ def load_model(
             raise ValueError(f"{path} holds a {model_class.__name__}, which has no setting {name}; leave it out")
     try:
         with quiet_transformers():
+            _check_parameters(path, model_class, chosen)
             # mismatched sizes are let through here only to be reported with the other faults below
             model, info = model_class.from_pretrained(
                 path, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **chosen
             )
     except StrictDataclassError as error:  # not a ValueError, and its text has several lines
         raise ValueError(f"settings of {path}: {' '.join(str(error).split())}") from error
+    except OSError:
+        raise
+    except Exception as error:  # whatever a setting makes of the code that takes it
+        raise CheckpointError(f"no model can be made of the settings of {path}: {_in_words(error)}") from error
     _check_loading(path, info)
     return model.eval()
+
+
+def adapter_base(path: str | Path) -> str | None:
+    """What an adapter of peft in a folder is for: a folder or a name on the Hub; None where there is no adapter.
+
+    Raises:
+        CheckpointError: the adapter does not say.
+    """
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file() or (Path(path) / "config.json").is_file():
+        return None
+    base = read_json_object(file, "base_model_name_or_path", CheckpointError).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(
+            f"{path} holds an adapter of peft that names no model it is for (base_model_name_or_path in {file.name}); "
+            "write the model's folder there, or merge them in Python: merge_and_unload(), save_pretrained()"
+        )
+    return base
+
+
+def _merged(folder: Path, **settings: Any) -> PreTrainedModel:
+    """The model that an adapter of peft is for, with the adapter merged into its weights."""
+    base = adapter_base(folder)
+    assert base is not None
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ImportError(
+            f"{folder} holds an adapter of peft for {base}: pip install peft, and it is merged here", name="peft"
+        ) from error
+    model = load_model(base, **settings)
+    try:
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except OSError:
+        raise
+    except Exception as error:  # whatever a setting makes of the code that takes it
+        raise CheckpointError(f"the adapter {folder} does not fit {base}: {_in_words(error)}") from error
+    return merged.eval()
 
 
 def _model_class(path: str | Path, any_head: bool) -> type[PreTrainedModel]:
@@ -63,7 +111,15 @@ def _model_class(path: str | Path, any_head: bool) -> type[PreTrainedModel]:
     Raises:
         CheckpointError: the configuration is not one of this package's, or the class is not for segmentation.
     """
-    config = PreTrainedConfig.get_config_dict(path)[0]
+    try:
+        config = PreTrainedConfig.get_config_dict(path)[0]
+    except (OSError, ValueError) as error:  # the name of a repository is checked with ValueErrors
+        if Path(path).is_dir():
+            raise
+        first = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"no folder {path}, and no model of that name on the Hub could be read: {first}"
+        ) from error
     model_type = config.get("model_type")
     if str(model_type) not in ARCHITECTURES:
         raise CheckpointError(
@@ -83,7 +139,8 @@ def _model_class(path: str | Path, any_head: bool) -> type[PreTrainedModel]:
 
 def _check_folder(folder: Path) -> None:
     if not folder.exists():
-        raise FileNotFoundError(f"{folder} does not exist; expected a checkpoint folder")
+        dead = f" is a link to {folder.readlink()}, which leads nowhere" if folder.is_symlink() else " does not exist"
+        raise FileNotFoundError(f"{folder}{dead}; expected a checkpoint folder")
     if not folder.is_dir():
         raise NotADirectoryError(
             f"{folder} is a file; expected a checkpoint folder with config.json and model.safetensors"
@@ -102,6 +159,30 @@ def _check_folder(folder: Path) -> None:
                 pass
         except SafetensorError as error:
             raise CheckpointError(f"{file} is damaged or cut short ({error})") from error
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _check_parameters(path: str | Path, model_class: type[PreTrainedModel], settings: dict[str, Any]) -> None:
+    """Refuse a configuration of far more parameters than the folder holds, before memory is taken for them."""
+    if not Path(path).is_dir():
+        return
+    with torch.device("meta"):
+        described = sum(weight.numel() for weight in model_class(_config(path, model_class, settings)).parameters())
+    stored = 0
+    for file in Path(path).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            stored += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    if described > 2 * stored + 1_000_000:
+        raise CheckpointError(
+            f"{path}: config.json describes a model of {described:,} parameters, but the weights are {stored:,}"
+        )
+
+
+def _config(path: str | Path, model_class: type[PreTrainedModel], settings: dict[str, Any]) -> PreTrainedConfig:
+    return model_class.config_class.from_pretrained(path, **settings)
 
 
 def _check_loading(path: str | Path, info: dict[str, Any]) -> None:

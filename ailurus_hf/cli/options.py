@@ -5,9 +5,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..utils.errors import CheckpointError
+from ..utils.files import read_json_object
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+
+MAX_SIDE = 16_384  # pixels that an image processor may enlarge a picture to
+
+
+def parse_output(text: str | Path) -> Path:
+    """The path of an output; an empty one would be the folder that one happens to be in."""
+    if not str(text).strip():
+        raise typer.BadParameter("an output must have a name, got an empty one")
+    return Path(text)
+
 
 Model = Annotated[str, typer.Option("--model", metavar="PATH", help="Checkpoint folder, or a name on the Hub.")]
 KeepRatio = Annotated[
@@ -78,14 +92,37 @@ def load_on_device(model: str, device: str, dtype: str | None, **settings: Any) 
 def load_processor(model: str) -> Any:
     """The checkpoint's image processor; the default one where it has none."""
     from .. import AiluRusImageProcessor
+    from .loading import adapter_base
 
     folder = Path(model)
     if folder.is_dir() and not (folder / "preprocessor_config.json").is_file():
+        if (base := adapter_base(folder)) is not None:
+            return load_processor(base)
         typer.echo(
             f"ailurus-hf: warning: {model} has no preprocessor_config.json; using the default settings", err=True
         )
         return AiluRusImageProcessor()
-    return AiluRusImageProcessor.from_pretrained(model)
+    if folder.is_dir():
+        read_json_object(folder / "preprocessor_config.json", "an image processor's settings", CheckpointError)
+    try:
+        processor = AiluRusImageProcessor.from_pretrained(model)
+        _check_processor(processor)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a setting makes of the code that takes it
+        raise CheckpointError(f"{model}: preprocessor_config.json is not valid: {error}") from error
+    return processor
+
+
+def _check_processor(processor: Any) -> None:
+    """Prepare a picture of 16 x 16 pixels; sizes that no memory holds are refused before."""
+    import torch
+
+    size = processor.size or {}
+    sides = [side for _, side in (size.items() if hasattr(size, "items") else vars(size).items()) if side is not None]
+    if processor.do_resize and any(side > MAX_SIDE for side in sides):
+        raise ValueError(f"size must be at most {MAX_SIDE} pixels along each side, got {max(sides)}")
+    processor(torch.zeros(3, 16, 16, dtype=torch.uint8), return_tensors="pt")
 
 
 def _device(name: str) -> "torch.device":
@@ -100,6 +137,8 @@ def _device(name: str) -> "torch.device":
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} is not available here; try --device auto or cpu") from error
     return device

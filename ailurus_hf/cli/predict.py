@@ -1,13 +1,22 @@
 """`ailurus-hf predict`: pictures to label maps."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from tqdm import tqdm
 
-from ..utils.files import atomic_file, check_output_directory, read_json_object
+from ..utils.files import (
+    MARK,
+    atomic_file,
+    check_output_directory,
+    check_output_file,
+    is_marked,
+    read_json_object,
+    remove_leftovers,
+)
 from .options import (
     ClusterLayer,
     CompressedSize,
@@ -21,6 +30,7 @@ from .options import (
     SlidingWindow,
     load_on_device,
     load_processor,
+    parse_output,
 )
 
 if TYPE_CHECKING:
@@ -30,12 +40,16 @@ if TYPE_CHECKING:
     from ..evaluation import Segmentation
 
 
+ENDS = (".labels.png", ".overlay.png", ".json")
+
+
 def predict(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures, or folders of them.")],
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder for the results; existing ones are replaced.")] = Path(
-        "predictions"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(parser=parse_output, metavar="FOLDER", help="Folder for the results; older ones are replaced."),
+    ] = Path("predictions"),
     keep_ratio: KeepRatio = None,
     compressed_size: CompressedSize = None,
     grouping: Grouping = None,
@@ -55,7 +69,8 @@ def predict(
     """Segment pictures with a checkpoint.
 
     For each picture NAME, OUT gets NAME.labels.png (class ids as pixel values), NAME.overlay.png (the classes' colours
-    on the picture) and NAME.json (the classes and the share of pixels each has).
+    on the picture) and NAME.json (the classes and the share of pixels each has). Files of these names that this command
+    did not write are never replaced, and its results among the pictures are no pictures.
     """
     from ..data.images import ImageFileError
     from ..data.label_maps import check_equal_names
@@ -64,7 +79,10 @@ def predict(
 
     names = _names(images, out, recursive)
     check_equal_names(list(names), list(names.values()), "be written as {}.*")
-    check_output_directory(out, overwrite=True)  # it would be a pity to find out after the model has run
+    finished = {name for name in names.values() if resume and _is_report(out / f"{name}.json")}
+    _check_outputs(
+        out, [name for name in names.values() if name not in finished]
+    )  # it would be a pity to find out after the model has run
     network = load_on_device(
         model,
         device,
@@ -76,12 +94,10 @@ def predict(
     )
     processor, palette = load_processor(model), model_palette(network.config)
     classes = class_names(network.config.id2label, network.config.num_labels)
-    reports, skipped, before = [], [], 0
+    reports, skipped = [], []
     for file, name in tqdm(names.items(), "predicting", leave=False, disable=None):
-        done = out / f"{name}.json"  # the last of its files to be written
-        if resume and done.is_file():
-            reports.append(read_json_object(done, "a picture's classes"))
-            before += 1
+        if name in finished:
+            reports.append(read_json_object(out / f"{name}.json", "a picture's classes"))
             continue
         try:
             picture, result = _segment(file, network, processor, sliding_window)
@@ -104,8 +120,31 @@ def predict(
         shares = sorted(report["classes"], key=lambda entry: -entry["share"])[:4]
         summary = ", ".join(f"{entry['name']} {entry['share']:.0%}" for entry in shares)
         typer.echo(f"{report['image']}: {summary}")
-    earlier = f" ({before} of them before)" if before else ""
+    earlier = f" ({len(finished)} of them before)" if finished else ""
     typer.echo(f"written to {out}: {len(reports)} x .labels.png, .overlay.png, .json{earlier}")
+
+
+def _check_outputs(out: Path, names: list[str]) -> None:
+    """Check that all results can be written, and remove what a killed run left of them."""
+    check_output_directory(out, overwrite=True)
+    for name in names:
+        for end in ENDS:
+            check_output_file(out / f"{name}{end}", is_marked)
+    for folder in {(out / name).parent for name in names}:
+        if folder.is_dir():
+            remove_leftovers(folder)
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a picture's results are complete: this is the last of its files to be written."""
+    try:
+        return path.is_file() and {"image", "tokens", "classes"} <= set(read_json_object(path, "a picture's classes"))
+    except ValueError:
+        return False
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # `Path.resolve` raises where links go round in a loop
 
 
 def _names(images: list[Path], out: Path, recursive: bool) -> dict[Path, str]:
@@ -118,7 +157,7 @@ def _names(images: list[Path], out: Path, recursive: bool) -> dict[Path, str]:
             continue
         for file in list_images([given], recursive):
             # Results of an earlier run, where they lie below the pictures, are none.
-            if not (recursive and given.is_dir() and file.resolve().is_relative_to(out.resolve())):
+            if not (recursive and given.is_dir() and _real(file).is_relative_to(_real(out))):
                 inside = file.relative_to(given) if given.is_dir() else Path(file.name)
                 names[file] = str(inside.parent / inside.stem)
     if not names:
@@ -143,6 +182,7 @@ def _describe(file: Path, picture: "Image.Image", result: "Segmentation", names:
 
     counts = np.bincount(result.labels.ravel(), minlength=len(names))
     return {
+        "program": MARK,
         "image": str(file),
         "height": picture.height,
         "width": picture.width,
@@ -159,11 +199,17 @@ def _describe(file: Path, picture: "Image.Image", result: "Segmentation", names:
 def _write(
     out: Path, name: str, picture: "Image.Image", labels: "np.ndarray", palette: "np.ndarray", report: dict[str, Any]
 ) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
     from ..visualization import indexed_image, overlay
 
-    with atomic_file(out / f"{name}.labels.png") as path:
-        indexed_image(labels, palette).save(path)
-    with atomic_file(out / f"{name}.overlay.png") as path:
-        overlay(picture, labels, palette).save(path)
-    with atomic_file(out / f"{name}.json") as path:
+    mark = PngInfo()
+    mark.add_text("Software", MARK)
+    for end, shown in (
+        (".labels.png", indexed_image(labels, palette)),
+        (".overlay.png", overlay(picture, labels, palette)),
+    ):
+        with atomic_file(out / f"{name}{end}", is_marked, tidy=False) as path:
+            shown.save(path, pnginfo=mark)
+    with atomic_file(out / f"{name}.json", is_marked, tidy=False) as path:
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

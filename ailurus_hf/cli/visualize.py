@@ -5,7 +5,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import ClusterLayer, Device, Dtype, Grouping, KeepRatio, Model, load_on_device, load_processor
+from ..utils.files import MARK, atomic_file, check_output_file, is_marked
+from .options import (
+    ClusterLayer,
+    Device,
+    Dtype,
+    Grouping,
+    KeepRatio,
+    Model,
+    load_on_device,
+    load_processor,
+    parse_output,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -14,12 +25,15 @@ if TYPE_CHECKING:
     from ..evaluation import Segmentation
 
 
+FIGURE = "adaptive_resolution.png"
+
+
 def visualize(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.")],
     model: Model,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Picture to write: .png, .pdf or .svg.")] = Path(
-        "adaptive_resolution.png"
-    ),
+    out: Annotated[
+        Path, typer.Option(parser=parse_output, metavar="FILE", help="Picture to write: .png, .pdf or .svg.")
+    ] = Path(FIGURE),
     keep_ratio: KeepRatio = None,
     grouping: Grouping = None,
     cluster_layer: ClusterLayer = None,
@@ -34,6 +48,7 @@ def visualize(
 
     if out.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--out must end in .png, .pdf or .svg, got {out}")
+    check_output_file(out, is_figure)
     picture = read_image(image)
     settings = {"keep_ratio": keep_ratio, "grouping": grouping, "cluster_layer": cluster_layer}
     network = load_on_device(model, device, dtype, **settings)
@@ -61,11 +76,16 @@ def save_figure(
 ) -> None:
     """Write the figure that compares a dense and a merged segmentation."""
     from ..modeling.label_maps import class_names
-    from ..utils.files import atomic_file
     from ..visualization import adaptive_resolution_figure, model_palette
 
     config = model.config
     names = class_names(config.id2label, config.num_labels)
     figure = adaptive_resolution_figure(picture, dense, merged, model_palette(config), names)
-    with atomic_file(out) as path:
-        figure.savefig(path)
+    remark = "Software" if out.suffix.lower() == ".png" else "Creator"  # the name that each format has for it
+    with atomic_file(out, is_figure) as path:
+        figure.savefig(path, metadata={remark: MARK})
+
+
+def is_figure(path: Path) -> bool:
+    """Whether a file is a figure of this program's; those of earlier versions have no mark, but a name."""
+    return path.name == FIGURE or is_marked(path)

@@ -5,6 +5,7 @@ exactly the tensors of the model that the source's settings describe. What fails
 """
 
 import difflib
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..hub.model_card import CardSource, build_model_card
+from ..hub.model_files import is_model_file
 from ..modeling.image_processing_ailurus import AiluRusImageProcessor
 from ..modeling.label_maps import class_names
 from ..utils.errors import CheckpointError, CheckpointWarning
@@ -77,7 +79,7 @@ def convert_checkpoint(
             "ailurus"; or "auto" to recognise it.
         source: the checkpoint: a folder, a file, or for some recipes a name on the Hub.
         output: the folder to write.
-        overwrite: replace an existing checkpoint folder.
+        overwrite: replace an existing checkpoint folder of this package that holds nothing else.
         dtype: dtype of the saved weights, "float32", "float16" or "bfloat16"; by default the source's.
         max_shard_size: largest weight file, such as "5GB".
         verify: load the result again and compare its output, with nothing merged, with the source's own formulas (and
@@ -117,7 +119,7 @@ def convert_checkpoint(
     report = _report(recipe, plan, checkpoint, mappings, tensors, not_finite)
     report = replace(report, output=Path(output), recognised=recognised)
     if not dry_run:
-        with atomic_directory(output, overwrite, marker="config.json") as folder, quiet_transformers():
+        with atomic_directory(output, overwrite, is_model_file) as folder, quiet_transformers():
             tell(f"writing {output}")
             _save(folder, skeleton, tensors, processor, max_shard_size)
             _card(report, skeleton, license or plan.license or "unknown").save(folder / "README.md")
@@ -425,8 +427,8 @@ def _check_shard_size(size: str | int) -> None:
 def _check_output(output: str | Path, source: str | Path, overwrite: bool) -> None:
     """Check the output before the long work starts."""
     # --overwrite removes the folder, and the source with it
-    target = check_output_directory(output, overwrite, marker="config.json")
-    if target in (path := Path(source).resolve(), *path.parents):
+    target = check_output_directory(output, overwrite, is_model_file)
+    if target in (path := Path(os.path.realpath(source)), *path.parents):
         raise ValueError(f"output must not be the source or a folder around it, got {output}")
 
 

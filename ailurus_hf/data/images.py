@@ -11,8 +11,9 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..modeling.image_processing_ailurus import eight_bits
+from ..utils.files import is_marked
 
-__all__ = ["IMAGE_SUFFIXES", "ImageFileError", "is_litter", "list_images", "opened", "read_image"]
+__all__ = ["IMAGE_SUFFIXES", "ImageFileError", "is_file_managers", "is_litter", "list_images", "opened", "read_image"]
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # What file managers leave in folders of pictures; macOS also writes a file ._NAME for each NAME on foreign disks.
@@ -26,7 +27,8 @@ class ImageFileError(ValueError):
 def list_images(paths: Iterable[str | Path], recursive: bool = False) -> list[Path]:
     """Picture files among `paths`: files as they are, folders replaced by the pictures in them, sorted by name.
 
-    What file managers leave beside pictures (`._NAME`, `Thumbs.db`) is passed over.
+    What file managers leave beside pictures (`._NAME`, `Thumbs.db`) and the pictures that `ailurus-hf predict` and
+    `visualize` write are passed over.
 
     Args:
         paths: files and folders.
@@ -53,8 +55,11 @@ def list_images(paths: Iterable[str | Path], recursive: bool = False) -> list[Pa
 
 
 def is_litter(path: Path) -> bool:
-    """Whether a file is one that file managers leave in folders of pictures."""
-    return path.name.startswith("._") or path.name.lower() in LITTER
+    """Whether a file is one that file managers leave in folders of pictures, or a picture of this program's results."""
+    try:
+        return is_file_managers(path) or (path.suffix == ".png" and is_marked(path))
+    except OSError:  # what cannot be read is said when it is its turn
+        return False
 
 
 def read_image(source: str | Path | bytes | Image.Image, name: str | None = None) -> Image.Image:
@@ -90,6 +95,11 @@ def read_image(source: str | Path | bytes | Image.Image, name: str | None = None
         upright = upright.convert("RGB")
         upright.info["orientation"] = orientation if orientation in range(1, 9) else 1
         return upright
+
+
+def is_file_managers(path: Path) -> bool:
+    """Whether a file is one that file managers leave beside others."""
+    return path.name.startswith("._") or path.name.lower() in LITTER
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from .images import ImageFileError, is_litter, list_images, opened
+from .images import ImageFileError, is_file_managers, list_images, opened
 
 __all__ = ["check_equal_names", "check_label_files", "label_array", "pair_files", "read_labels"]
 
@@ -39,7 +39,11 @@ def _label_files(folder: Path) -> dict[str, Path]:
     """Label map of every name in a folder; where there are several, by the order of `LABEL_SUFFIXES`."""
     if not folder.is_dir():
         return {}
-    files = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in LABEL_SUFFIXES and not is_litter(file)]
+    files = [
+        file
+        for file in sorted(folder.iterdir())
+        if file.suffix.lower() in LABEL_SUFFIXES and not is_file_managers(file)
+    ]
     files.sort(key=lambda file: (LABEL_SUFFIXES.index(file.suffix.lower()), file.suffix != ".png"))
     return {file.stem: file for file in reversed(files)}
 

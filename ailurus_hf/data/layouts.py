@@ -3,9 +3,10 @@
 A source is a sequence of `LabelledImage`: `len(source)`, `source[index]`. Nothing is read before it is asked for.
 """
 
+import itertools
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from .images import read_image
 from .label_maps import check_label_files, label_array, pair_files, read_labels
 from .labelled import LabelledImage, LabelRule
 
-__all__ = ["CITYSCAPES_CLASSES", "HubSegmentation", "SegmentationFolder", "open_layout"]
+__all__ = ["CITYSCAPES_CLASSES", "HubSegmentation", "SegmentationFolder", "labelled_row", "open_layout"]
 
 # Name, id in the *_labelIds.png files and colour of the 19 classes of evaluation, in the order of their train ids
 # (Cordts et al., CVPR 2016, and the data set's own scripts).
@@ -146,10 +147,10 @@ def open_layout(root: str | Path, layout: str = "camvid") -> tuple[SegmentationF
 
 
 class HubSegmentation(Sequence[LabelledImage]):
-    """Rows of a Hugging Face `datasets.Dataset` with a picture and a label map.
+    """Rows of a Hugging Face `datasets.Dataset` or `IterableDataset` with a picture and a label map.
 
     Args:
-        dataset: a map-style dataset, one split.
+        dataset: one split. A stream can only be gone through, from its beginning each time: it has no length.
         rule: how its numbers become classes.
         image_column: column of the pictures.
         label_column: column of the label maps (pictures of class ids, or arrays); None looks for a usual name.
@@ -165,31 +166,70 @@ class HubSegmentation(Sequence[LabelledImage]):
         image_column: str = "image",
         label_column: str | None = None,
     ) -> None:
-        columns = list(dataset.column_names)
-        if label_column is None:
-            label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
-        for role, column in (("image_column", image_column), ("label_column", label_column)):
-            if column not in columns:
-                raise ValueError(f"{role} must be one of the dataset's columns {columns}, got {column!r}")
-        if not len(dataset):
+        columns = getattr(dataset, "column_names", None)
+        if columns is None or not hasattr(dataset, "__len__"):  # a stream
+            first = next(iter(dataset), None)
+            empty, columns = first is None, columns or list(first or ())
+        else:
+            empty = not len(dataset)
+        if empty:
             raise ValueError("the dataset is empty")
+        label_column = _label_column(columns, image_column, label_column)
         for column in (image_column, label_column):
             dataset = _undecoded(dataset, column)
         self.dataset, self.rule = dataset, rule or LabelRule()
         self.image_column, self.label_column = image_column, label_column
 
     def __len__(self) -> int:
+        """Raises TypeError for a stream."""
+        if not hasattr(self.dataset, "__len__"):
+            raise TypeError("a stream has no length: go through it, or load the data set without streaming=True")
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> LabelledImage:  # type: ignore[override]  # no slices
-        """Decode one row; errors as in `SegmentationFolder`."""
-        name = f"row {index}"
-        row = self.dataset[int(index)]
-        image = read_image(_stored(row[self.image_column]), name)
-        labels = _stored(row[self.label_column])
-        labels = read_labels(labels, name) if isinstance(labels, bytes | Path) else label_array(labels, name)
-        _check_sizes(image, labels, name, name)
-        return LabelledImage(image, self.rule(labels, name), name)
+        """Decode one row; errors as in `SegmentationFolder`, and TypeError for a stream."""
+        if not hasattr(self.dataset, "__len__"):
+            raise TypeError(
+                "a stream has no rows by number: go through it, or load the data set without streaming=True"
+            )
+        return self._read(index, self.dataset[int(index)])
+
+    def __iter__(self) -> Iterator[LabelledImage]:
+        """Decode row after row; after an error the iterator goes on with the next."""
+        return map(self._read, itertools.count(), self.dataset)
+
+    def _read(self, index: int, row: Mapping[str, Any]) -> LabelledImage:
+        return labelled_row(row, f"row {index}", self.rule, self.image_column, self.label_column)
+
+
+def labelled_row(
+    row: Mapping[str, Any],
+    name: str,
+    rule: LabelRule,
+    image_column: str = "image",
+    label_column: str | None = None,
+) -> LabelledImage:
+    """Decode a row of a data set; the arguments are those of `HubSegmentation`, the errors of `SegmentationFolder`."""
+    label_column = _label_column(list(row), image_column, label_column)
+    image = read_image(_stored(row[image_column]), name)
+    labels = _stored(row[label_column])
+    labels = read_labels(labels, name) if isinstance(labels, bytes | Path) else label_array(labels, name)
+    _check_sizes(image, labels, name, name)
+    return LabelledImage(image, rule(labels, name), name)
+
+
+def _label_column(columns: Sequence[str], image_column: str, label_column: str | None) -> str:
+    """Name of the label maps' column, where none is given a usual one.
+
+    Raises:
+        ValueError: there is no such column, or none for the pictures.
+    """
+    if label_column is None:
+        label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
+    for role, column in (("image_column", image_column), ("label_column", label_column)):
+        if column not in columns:
+            raise ValueError(f"{role} must be one of the dataset's columns {list(columns)}, got {column!r}")
+    return str(label_column)
 
 
 def _check_sizes(image: Image.Image, labels: np.ndarray, picture: str | Path, label_file: str | Path) -> None:

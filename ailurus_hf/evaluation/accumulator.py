@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..utils.extras import needs_extra
+from .processes import gather
 
 __all__ = ["Accumulator", "load_metric", "metric_names"]
 
@@ -47,10 +48,7 @@ class Accumulator(ABC):
 
         Integers are those of one process exactly; sums of errors, as `DepthErrors` keeps them, within rounding.
         """
-        with needs_extra("eval", "metrics of several processes"):
-            from accelerate.utils import gather_object
-
-        self.counts = torch.stack(gather_object([self.counts])).sum(0)
+        self.counts = torch.stack(gather([self.counts])).sum(0)
 
 
 def metric_names() -> list[str]:

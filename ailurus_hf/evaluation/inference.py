@@ -1,5 +1,6 @@
 """From a picture to its label map."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -176,7 +177,7 @@ def _views(
     scales: Sequence[float],
 ) -> Iterator[Tensor]:
     """Logits of one view after the other, at the model's resolution and of the picture alone."""
-    if not scales or min(scales) <= 0:
+    if not scales or not all(0 < scale < math.inf for scale in scales):
         raise ValueError(f"scales must be one or more numbers above 0, got {list(scales)}")
     for scale in scales:
         height, width = (max(round(side * scale), 1) for side in pixel_values.shape[-2:])

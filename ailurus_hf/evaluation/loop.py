@@ -2,10 +2,11 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,16 @@ from transformers import PreTrainedModel
 from ..benchmark import SpeedUp, count_flops, speed_up, time_side_by_side
 from ..budget import has_budget, with_budget
 from ..data.images import ImageFileError
-from ..data.labelled import LabelledImage
+from ..data.labelled import LabelledImage, LabelRule
+from ..data.layouts import HubSegmentation, labelled_row
 from ..modeling.configuration_lookupvit import size_on
 from ..modeling.label_maps import class_names, num_classes
 from ..registry import architecture_of, has_architecture
-from ..utils.extras import needs_extra
 from .accumulator import Accumulator
 from .boundary import BoundaryScore
 from .inference import Segmentation, class_scores, segment_image
 from .intervals import Interval, bootstrap_weights, mean_iou_of, percentiles
+from .processes import gather, process_place
 from .segmentation import Agreement, ConfusionMatrix, number_or_none
 
 __all__ = ["BudgetResult", "EvaluationReport", "evaluate_segmentation"]
@@ -139,7 +141,7 @@ def _in_words(setting: Any) -> Any:
 def evaluate_segmentation(
     model: PreTrainedModel,
     image_processor: Any,
-    samples: Sequence[LabelledImage],
+    samples: Sequence[LabelledImage] | Iterable[Any],
     budgets: Sequence[float | Mapping[str, Any]] | None = None,
     *,
     ignore_index: int | None = None,
@@ -154,13 +156,15 @@ def evaluate_segmentation(
     Every picture is predicted at all budgets in turn, so that their times are measured under the same conditions; the
     dense model is always among them, and what the others are compared with. Of LookupViT, where nothing is dense, the
     largest compressed size is. Label maps become counts at once. Launched on several processes, each takes every
-    n-th picture and the counts are added up: the scores are those of one process, exactly.
+    n-th picture and the counts are added up: the scores are those of one process, exactly, whether
+    torch.distributed was set up before, a `PartialState`, an `Accelerator`, or nothing.
 
     Args:
         model: a semantic-segmentation model of this package, or one changed by `apply_ailurus`; any other at
             `budgets=[1]`.
         image_processor: its image processor.
-        samples: pictures with labels, such as `ailurus_hf.data.SegmentationFolder`.
+        samples: pictures with labels, such as `ailurus_hf.data.SegmentationFolder`; or a data set of Hugging Face
+            `datasets`, streamed or not, or rows of one, with names of columns that `HubSegmentation` looks for.
         budgets: shares of tokens to keep, above 0 and at most 1, or dictionaries of settings as `with_budget` takes
             them, such as `{"keep_ratio": 0.25, "grouping": "density_peaks"}` and `{"compressed_size": 5}`; None takes
             1, 0.5 and 0.25, of LookupViT the sizes of the training.
@@ -173,30 +177,24 @@ def evaluate_segmentation(
 
     Raises:
         ValueError: there are no samples, or none could be read; labels outside the classes.
-        TypeError: budgets other than 1 for a model that has none, or of the other kind.
+        TypeError: budgets other than 1 for a model that has none, or of the other kind; samples that are neither.
         ImageFileError: a file is damaged, or a picture smaller than a patch, and `skip_unreadable` is False.
     """
-    with needs_extra("eval", "evaluations at several budgets"):
-        from accelerate import PartialState
-        from accelerate.utils import gather_object
-
-    if not len(samples):
-        raise ValueError("samples must hold at least one picture with labels, got none")
     if ignore_index is None:
         ignore_index = getattr(model.config, "semantic_loss_ignore_index", 255)
+    rule = LabelRule(num_classes(model.config), ignore_index)
+    samples = HubSegmentation(samples, rule) if hasattr(samples, "column_names") else samples
+    index, processes = process_place()
     wanted = _budgets(model.config, budgets)
     results = _empty_results(wanted, num_classes(model.config), ignore_index, boundary)
-    # The processes that were launched together; without an accelerator they must be told to be on the CPU.
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    share = range(state.process_index, len(samples), state.num_processes)
     skipped: list[str] = []
     model.eval()
-    # Every n-th picture, not a block of them: neighbours tend to be of one size, and the processes end together.
     # A bar is disabled by None where stderr is no terminal.
-    indices = tqdm(share, "evaluating", leave=False, disable=None if progress and state.is_main_process else True)
-    for index in indices:
+    share = _share(samples, index, processes)
+    for number, read in tqdm(share, "evaluating", leave=False, disable=None if progress and not index else True):
         try:
-            _evaluate_picture(model, image_processor, samples[index], results, intervals, views)
+            sample = _labelled(read(), number, rule)
+            _evaluate_picture(model, image_processor, sample, results, intervals, views)
         except ImageFileError as error:
             if not skip_unreadable:
                 raise
@@ -204,14 +202,56 @@ def evaluate_segmentation(
     for result in results:  # counts and times of all processes, in every process
         for metric in result.metrics:
             metric.add_processes()
-        result.seconds = gather_object(result.seconds)
-        result.gflops = gather_object([result.gflops])[0]
-        result.per_picture = gather_object(result.per_picture)
-    skipped = gather_object(skipped)
+        result.seconds = gather(result.seconds)
+        result.gflops = next((gflops for gflops in gather([result.gflops]) if gflops is not None), None)
+        result.per_picture = gather(result.per_picture)
+    skipped = gather(skipped)
+    if not results[0].seconds and not skipped:
+        raise ValueError("samples must hold at least one picture with labels, got none")
     if not results[0].seconds:
-        raise ValueError(f"none of the {len(samples)} samples could be read; the first: {skipped[0]}")
+        raise ValueError(f"none of the {len(skipped)} samples could be read; the first: {skipped[0]}")
     names = class_names(model.config.id2label, model.config.num_labels)
     return EvaluationReport(results, dict(enumerate(names)), len(results[0].seconds), skipped)
+
+
+def _share(samples: Any, index: int, processes: int) -> Sequence[Any] | Iterator[Any]:
+    """Number and reader of every n-th sample, not of a block of them: neighbours tend to be of one size, and the
+    processes end together. Of a stream, which has no length, each process passes over the others' samples."""
+    try:
+        total = len(samples)
+    except TypeError:
+        return _share_of_stream(samples, index, processes)
+    return [(number, partial(samples.__getitem__, number)) for number in range(index, total, processes)]
+
+
+def _share_of_stream(samples: Iterable[Any], index: int, processes: int) -> Iterator[Any]:
+    stream = iter(samples)
+    for number in count():
+        try:
+            sample = next(stream)
+        except StopIteration:
+            return
+        except ImageFileError as error:  # to be raised, or skipped, where the sample would be read
+            sample = error
+        if number % processes == index:
+            yield number, partial(_or_raise, sample)
+
+
+def _or_raise(sample: Any) -> Any:
+    if isinstance(sample, Exception):
+        raise sample
+    return sample
+
+
+def _labelled(sample: Any, number: int, rule: LabelRule) -> LabelledImage:
+    """A sample as it is; a data set's row, whose picture and labels have usual names, read."""
+    if isinstance(sample, Mapping):
+        return labelled_row(sample, f"row {number}", rule)
+    if not all(hasattr(sample, name) for name in LabelledImage._fields):
+        raise TypeError(
+            f"samples must be LabelledImage (image, labels, name) or rows of a data set, got {type(sample).__name__}"
+        )
+    return sample
 
 
 def _budgets(config: Any, budgets: Sequence[float | Mapping[str, Any]] | None) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The model card (`README.md`) of a saved AiluRus checkpoint."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..registry import architecture_of
 __all__ = ["CardResult", "CardSource", "build_model_card"]
 
 PROJECT_TAGS = ["ailurus", "vision-transformer", "token-reduction"]
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # what the Hub takes for a base model's name
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 
@@ -61,6 +63,7 @@ def build_model_card(
     dataset: str = "unknown",
     results: Sequence[CardResult] = (),
     training: Mapping[str, Any] | None = None,
+    adapter_of: str | None = None,
 ) -> ModelCard:
     """Build the model card of a checkpoint: what it is, its budget, results, how to load it, licence and citation.
 
@@ -74,6 +77,7 @@ def build_model_card(
         dataset: name of the data set that the results were measured on.
         results: quality at one or several budgets, also listed in the card's metadata.
         training: settings of the training run, name -> value.
+        adapter_of: for an adapter of peft, the folder or the name of the model that it is for.
 
     Raises:
         TypeError: `config` is not one of this package's.
@@ -83,7 +87,8 @@ def build_model_card(
     task = TASKS[auto_class]
     data = ModelCardData(
         license=license,
-        library_name="transformers",
+        library_name="peft" if adapter_of else "transformers",
+        base_model=adapter_of if adapter_of and _REPOSITORY.fullmatch(adapter_of) else None,
         pipeline_tag=task,
         tags=PROJECT_TAGS,
         model_name=repo if results else None,
@@ -106,6 +111,7 @@ def build_model_card(
         budget=row.example,
         citation=row.citation,
         repo=repo,
+        adapter_of=adapter_of,
     )
 
 

@@ -12,6 +12,7 @@ from ..modeling.image_processing_ailurus import AiluRusImageProcessor
 from ..registry import architecture_of, has_architecture
 from ..utils.files import atomic_directory
 from .model_card import build_model_card
+from .model_files import is_model_file
 
 
 def save_with_code(
@@ -32,7 +33,7 @@ def save_with_code(
         model: any model of this package.
         folder: where to write; must not exist unless `overwrite`.
         image_processor: the processor to store along; the default one when None.
-        overwrite: replace an existing folder.
+        overwrite: replace an existing folder that holds nothing but what this package writes.
         license: licence of the weights, for the model card.
         save_kwargs: for `model.save_pretrained`, such as `max_shard_size`.
 
@@ -41,12 +42,12 @@ def save_with_code(
 
     Raises:
         TypeError: `model` is not one of this package's models.
-        FileExistsError: `folder` exists and `overwrite` is False.
+        FileExistsError: `folder` exists and `overwrite` is False, or it holds something else.
     """
     if not has_architecture(getattr(model, "config", None)):
         raise TypeError(f"model must be one of this package's models, got {type(model).__name__}")
     image_processor = image_processor or AiluRusImageProcessor()
-    with atomic_directory(folder, overwrite=overwrite, marker="config.json") as staging:
+    with atomic_directory(folder, overwrite=overwrite, owns=is_model_file) as staging:
         model.save_pretrained(staging, **save_kwargs)
         image_processor.save_pretrained(staging)
         row = architecture_of(model.config)

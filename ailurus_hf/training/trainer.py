@@ -1,6 +1,5 @@
 """`transformers.Trainer` for semantic segmentation: exact loss, streamed metrics, another budget for evaluation."""
 
-import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -150,6 +149,21 @@ class SegmentationTrainer(Trainer):
         if not has_architecture(base.config):
             super().create_model_card(license=license, model_name=model_name, dataset=dataset, **kwargs)
             return
+        self._card(Path(self.args.output_dir), license, model_name, dataset)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model)
+        # peft writes a card of empty headings beside its adapter.
+        if self.args.should_save and hasattr(model, "peft_config") and has_architecture(model.get_base_model().config):
+            self._card(Path(output_dir or self.args.output_dir))
+
+    def _card(
+        self, folder: Path, license: str | None = None, model_name: str | None = None, dataset: Any = None
+    ) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        adapted = hasattr(model, "peft_config")
+        base = model.get_base_model() if adapted else model
         card = build_model_card(
             base.config,
             license=license or "unknown",
@@ -158,8 +172,9 @@ class SegmentationTrainer(Trainer):
             dataset=str(dataset or "unknown"),
             results=_latest_results(self.state.log_history),
             training=self._training_summary(),
+            adapter_of=(getattr(base, "name_or_path", None) or "path/to/the/base/model") if adapted else None,
         )
-        card.save(os.path.join(self.args.output_dir, "README.md"))
+        card.save(folder / "README.md")
 
     def _counts(self, logits: Tensor, labels: Tensor) -> Tensor:
         """(B, num_labels, h, w) logits and (B, H, W) labels -> (B, num_labels, num_labels) counts, of two classes with

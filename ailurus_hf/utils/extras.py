@@ -21,5 +21,5 @@ def needs_extra(extra: str, purpose: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
-        message = f"{purpose} need {package}: pip install 'ailurus-hf[{extra}]'"
+        message = f"{purpose} need {package}: pip install '.[{extra}]' in the clone of ailurus_hf"
         raise ImportError(message, name=package) from error

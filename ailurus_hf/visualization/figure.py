@@ -1,4 +1,4 @@
-"""The figure that explains adaptive resolution on one picture. Needs matplotlib (`pip install 'ailurus-hf[viz]'`)."""
+"""The figure that explains adaptive resolution on one picture. Needs matplotlib, which the extra `viz` brings."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,9 +1,11 @@
 """Commands load checkpoints strictly: each fault is an error that names it, where `from_pretrained` only warns."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from ailurus_hf import AiluRusForSemanticSegmentation
@@ -98,3 +100,23 @@ def test_missing_shard(folder: Path) -> None:
     next(folder.glob("model-00002-*")).unlink()
     with pytest.raises((CheckpointError, OSError), match="model-00002"):
         load_model(folder)
+
+
+# peft 0.21 reads a name that transformers 5.23 renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_of_peft_are_merged(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = AiluRusForSemanticSegmentation.from_pretrained(folder)
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    adapted.peft_config["default"].base_model_name_or_path = str(folder)
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = load_model(tmp_path / "adapter", keep_ratio=1.0)
+    assert type(loaded) is AiluRusForSemanticSegmentation
+    pixel_values = torch.rand(1, 3, 48, 48)
+    base.config.keep_ratio = 1.0
+    torch.testing.assert_close(loaded(pixel_values).logits, adapted(pixel_values).logits)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match="pip install peft"):
+        load_model(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="merge_and_unload"):
+        load_model(tmp_path / "adapter")

@@ -144,7 +144,8 @@ def test_predict_goes_on_where_it_was_interrupted(capfd, monkeypatch):
     arguments = ("predict", "pictures", "--model", "model", "--json")
     _, whole, _ = run(capfd, *arguments, "--out", "whole")
     _, first, _ = run(capfd, *arguments[:1], "pictures/first.png", *arguments[2:])
-    Path("predictions/second.labels.png").write_bytes(b"")  # a picture is done when its last file is there
+    # a picture is done when its last file is there
+    Path("predictions/second.labels.png").write_bytes(Path("predictions/first.labels.png").read_bytes())
     written = {path: path.stat().st_mtime_ns for path in Path("predictions").glob("first.*")}
     code, out, _ = run(capfd, *arguments, "--resume")
     assert code == 0

@@ -364,7 +364,7 @@ class TestOutput:
 
     def test_overwrite_replaces_a_checkpoint(self, source: Path, tmp_path: Path) -> None:
         convert_checkpoint("segmenter", source, tmp_path / "out", max_shard_size="200KB")
-        with pytest.raises(FileExistsError, match="--overwrite"):
+        with pytest.raises(FileExistsError, match="overwrite=True"):
             convert_checkpoint("segmenter", source, tmp_path / "out")
         convert_checkpoint("segmenter", source, tmp_path / "out", overwrite=True)
         assert not list((tmp_path / "out").glob("model-*"))
@@ -645,7 +645,7 @@ def test_interruption_while_replacing_keeps_the_old_checkpoint(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with atomic_directory(tmp_path / "out") as folder:
-        (folder / "config.json").write_text("old")
+        (folder / "config.json").write_text('{"model_type": "ailurus"}')
 
     def stop(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
@@ -653,5 +653,5 @@ def test_interruption_while_replacing_keeps_the_old_checkpoint(
     monkeypatch.setattr(engine, "verify_checkpoint", stop)
     with pytest.raises(KeyboardInterrupt):
         convert_checkpoint("segmenter", source, tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "config.json").read_text() == "old"
+    assert (tmp_path / "out" / "config.json").read_text() == '{"model_type": "ailurus"}'
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}

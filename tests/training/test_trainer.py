@@ -233,6 +233,11 @@ def test_lora_trains_adapters_in_the_encoder_alone(data, tmp_path):
             assert torch.equal(parameter, before[name.removeprefix("base_model.model.")]), name
     assert losses(trainer)[-1] < losses(trainer)[0]
     trainer.save_model()
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert "More Information Needed" not in card
+    assert "library_name: peft" in card
+    assert "merge_and_unload" in card
+    assert "| 0.25 |" in card
     trainer.create_model_card(dataset="Blocks")
     saved = sum(file.stat().st_size for file in (tmp_path / "lora").glob("adapter_model.safetensors"))
     assert 0 < saved < 4 * sum(tensor.numel() for tensor in before.values())

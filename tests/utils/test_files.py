@@ -46,10 +46,13 @@ def test_parents_that_others_use_meanwhile_stay(tmp_path: Path) -> None:
 def test_existing_directory(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").touch()
-    with pytest.raises(FileExistsError, match=r"out exists already.*--overwrite"), atomic_directory(tmp_path / "out"):
+    with (
+        pytest.raises(FileExistsError, match=r"out exists already.*overwrite=True"),
+        atomic_directory(tmp_path / "out"),
+    ):
         pass
-    with pytest.raises(FileExistsError, match=r"no config\.json"):
-        files.check_output_directory(tmp_path / "out", overwrite=True, marker="config.json")
+    with pytest.raises(FileExistsError, match="did not write old in it"):
+        files.check_output_directory(tmp_path / "out", overwrite=True, owns=lambda path: path.name != "old")
     with pytest.raises(KeyboardInterrupt), atomic_directory(tmp_path / "out", overwrite=True):
         raise KeyboardInterrupt
     assert names(tmp_path / "out") == {"old"}
@@ -70,6 +73,7 @@ def test_failing_swap_puts_the_old_directory_back(tmp_path: Path, monkeypatch: p
             raise KeyboardInterrupt
         rename(source, target)
 
+    monkeypatch.setattr(files, "_exchange", lambda *paths: False)
     monkeypatch.setattr(files.os, "rename", fail_second)
     with pytest.raises(KeyboardInterrupt), atomic_directory(tmp_path / "out", overwrite=True) as folder:
         (folder / "new").touch()
@@ -120,3 +124,77 @@ def test_file_appears_at_the_end(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert target.read_text() == "two"
     assert names(tmp_path / "a") == {"x.png"}
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["one step", "two renames"])
+def test_killed_swaps_leave_the_old_folder_or_the_new_one(
+    exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever ran last before the end: the next run removes what was left over."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments: object, **settings: object) -> None:
+        raise Killed
+
+    target = tmp_path / "out.d"
+    for text in ("one", "two"):
+        if not exchange:
+            monkeypatch.setattr(files, "_exchange", lambda *paths: False)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):  # noqa: PT012
+            patch.setattr(files.shutil, "rmtree", killed)
+            with atomic_directory(target, overwrite=True) as folder:
+                (folder / text).touch()
+                if text == "one":
+                    raise Killed
+            raise Killed
+        leftovers = {name for name in names(tmp_path) if name != "out.d"}
+        assert len(leftovers) == 1
+        files.remove_leftovers(tmp_path)
+        assert names(tmp_path) == ({"out.d"} if target.exists() else set())
+        with atomic_directory(target, overwrite=True) as folder:
+            (folder / text).touch()
+    assert names(target) == {"two"}
+    old = target.rename(tmp_path / ".out.0123456789ab.old.d")
+    files.remove_leftovers(tmp_path)
+    assert not old.exists()
+    assert names(target) == {"two"}
+
+
+def test_what_a_living_process_works_on_stays(tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "out") as first, atomic_file(tmp_path / "x.png") as second:
+        files.remove_leftovers(tmp_path)
+        assert first.exists()
+        assert second.exists()
+
+
+def test_foreign_files_that_come_during_the_work(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with (
+        pytest.raises(FileExistsError, match="did not write letter in it"),
+        atomic_directory(tmp_path / "out", overwrite=True, owns=lambda path: path.name != "letter"),
+    ):
+        (tmp_path / "out" / "letter").touch()
+    assert names(tmp_path / "out") == {"letter"}
+
+
+def test_marked_files_are_replaced_and_others_not(tmp_path: Path) -> None:
+    for mark in (f"{files.MARK}{' ' * 20_000}", f"{' ' * 20_000}{files.MARK}"):
+        (tmp_path / "x").write_text(mark)
+        with atomic_file(tmp_path / "x", files.is_marked) as path:
+            path.write_text("mine")
+        with pytest.raises(FileExistsError, match="x is not replaced"), atomic_file(tmp_path / "x", files.is_marked):
+            pass
+        assert (tmp_path / "x").read_text() == "mine"
+        (tmp_path / "x").unlink()
+
+
+def test_loops_of_links(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    for path in (tmp_path / "a", tmp_path / "a" / "out"):
+        with pytest.raises(OSError, match="loop of links"), atomic_directory(path, overwrite=True):
+            pass
+        with pytest.raises(OSError, match="loop of links"), atomic_file(path):
+            pass
