@@ -205,7 +205,7 @@ def _join_kernel(
                 total = tl.where(total < _INFINITY, total, _INFINITY)  # no NaN
                 key = (total.to(tl.int32, bitcast=True).to(tl.int64) << 31) + pair
                 best = tl.minimum(best, tl.min(tl.where(is_pair, key, _NOTHING), axis=1))
-        tl.atomic_min(keys, best, mask=exists & ~found)
+        tl.atomic_min(keys, best, mask=exists & ~found, sem="relaxed")
 
 
 def _neighbors(grid: tuple[int, ...], offsets: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:

@@ -76,8 +76,8 @@ def _contract_kernel(
     cost = tl.div_rn(tl.sum(difference * difference, axis=1), weight)  # minus Ward's: its bits are negative integers
     cost = tl.where(cost > -_INFINITY, cost, _INFINITY)
     key = (cost.to(tl.int32, bitcast=True).to(tl.int64) << 31) + 2 * edge
-    tl.atomic_min(best + first, key + 1, mask=apart)
-    tl.atomic_min(best + second, key, mask=apart)
+    tl.atomic_min(best + first, key + 1, mask=apart, sem="relaxed")
+    tl.atomic_min(best + second, key, mask=apart, sem="relaxed")
     tl.debug_barrier()
     if tl.atomic_add(arrived + image, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         _contract(edges, region, best, parent + image * num_tokens, num_tokens, num_merged, num_doublings, TOKENS)
@@ -98,9 +98,10 @@ def _contract(edges, region, best, parent, num_tokens, num_merged, num_doublings
 
     # The num_merged-th smallest turn, bit by bit: the largest number below which there are fewer.
     last = tl.where(tl.sum((turn < 0).to(tl.int32)) < num_merged, 0, _LOWEST).to(tl.int64)
-    for step in range(63):
-        higher = last + (tl.full([], 1, tl.int64) << (62 - step))
-        last = tl.where(tl.sum((turn < higher).to(tl.int32)) < num_merged, higher, last)
+    bit = tl.full([], 2**62, tl.int64)
+    for _ in range(63):
+        last = tl.where(tl.sum((turn < last + bit).to(tl.int32)) < num_merged, last + bit, last)
+        bit = bit >> 1
 
     root = tl.where(turn <= last, partner, token)
     tl.store(parent + token, root, mask=exists)
