@@ -16,7 +16,7 @@ from ..modeling.grouping_density_peaks import _spatial_weight, neighbor_indices,
 from ..modeling.token_groups import kept, table
 from ..utils.extras import needs_extra
 from .launching import INTERPRETED, blocks, launch, power_of_2, rows, tile
-from .token_groups import PLACE, token_groups
+from .token_groups import token_groups
 
 with needs_extra("kernels", "fused kernels"):
     import triton

@@ -59,8 +59,10 @@ def sum_dtype(dtype: torch.dtype) -> Any:
 
 
 def members(groups: TokenGroups) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the operations on groups are given of them."""
-    return groups.order, groups.starts, groups.sizes, groups.assignment
+    """What the operations on groups are given of them; the kernels' own groups are contiguous already."""
+    fields = groups.order, groups.starts, groups.sizes, groups.assignment
+    order, starts, sizes, assignment = (field.contiguous() for field in fields)
+    return order, starts, sizes, assignment
 
 
 power_of_2 = triton.next_power_of_2

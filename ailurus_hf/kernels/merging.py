@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modeling.token_groups import TokenGroups
 from ..utils.extras import needs_extra
 from .launching import blocks, launch, rows, sum_dtype, tile
 
@@ -54,7 +53,7 @@ def _merge_kernel(
         total += tl.load(row + member * row_stride, mask=(place < size)[:, None] & inside, other=0).to(DTYPE)
     if MEAN:
         count = tl.broadcast_to(tl.maximum(size, 1)[:, None], total.shape).to(DTYPE)
-        total = total / count if DTYPE == tl.float64 else tl.div_rn(total, count)
+        total = total / count if tl.float64 == DTYPE else tl.div_rn(total, count)
     mean = total.to(merged.dtype.element_ty)
     written = merged + (image * num_groups + group[:, None]) * hidden_size + feature
     tl.store(written, mean, mask=exists[:, None] & inside)

@@ -176,9 +176,7 @@ def _edges(grid: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.stack(grid_edges(grid, device), dim=1).int()
 
 
-def region_merging(
-    features: Tensor, grid: list[int], num_groups: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def region_merging(features: Tensor, grid: list[int], num_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `TokenGroups` that region merging finds.
 
     Args:

@@ -11,7 +11,10 @@ with needs_extra("kernels", "fused kernels"):
     import triton.language as tl
 
 PLACE = tl.constexpr(2**31 - 1)  # the bits of a key that hold a place, below the 32 of a number; as in `modeling`
-_TOKENS, _OTHERS = tile(16), 128  # of a program, and how many they are compared with at once: 16 pairs for each of 128 threads
+_TOKENS, _OTHERS = (
+    tile(16),
+    128,
+)  # of a program, and how many they are compared with at once: 16 pairs for each of 128 threads
 _WARPS = 4
 
 

@@ -50,7 +50,7 @@ def _unfold_kernel(
     if MEAN:
         size = tl.load(sizes + image * num_groups + group).to(DTYPE)[:, None]
         found = found.to(DTYPE)
-        found = found / size if DTYPE == tl.float64 else tl.div_rn(found, tl.broadcast_to(size, found.shape))
+        found = found / size if tl.float64 == DTYPE else tl.div_rn(found, tl.broadcast_to(size, found.shape))
     if RESIDUAL:
         place = image * residual_batch_stride + token[:, None] * residual_row_stride + feature
         found = found.to(DTYPE) + tl.load(residual + place, mask=inside).to(DTYPE)
@@ -108,9 +108,7 @@ spread_op = torch.library.custom_op("ailurus::spread", spread, mutates_args=())
 
 
 @restore_op.register_fake
-def _(
-    merged: Tensor, residual: Tensor, order: Tensor, starts: Tensor, sizes: Tensor, assignment: Tensor
-) -> Tensor:
+def _(merged: Tensor, residual: Tensor, order: Tensor, starts: Tensor, sizes: Tensor, assignment: Tensor) -> Tensor:
     return merged.new_empty(merged.shape[0], assignment.shape[1], merged.shape[2])
 
 

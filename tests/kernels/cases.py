@@ -53,6 +53,11 @@ def kernels():
         InterpretedFunction.run = plain
 
 
+def plain_operations(counter):
+    """What an `OperationCounter` has counted, without how the interpreter hands tensors to kernels."""
+    return {name: count for name, count in counter.counts.items() if name not in ("set_", "copy_")}
+
+
 def both(tokens, grid, num_groups, **settings):
     """The reduction by plain operations, and by kernels, which must have run."""
     settings = AdaptiveResolutionSettings(**settings)

@@ -12,7 +12,7 @@ from ailurus_hf.modeling import grouping_region_merging
 from ailurus_hf.modeling.grouping_region_merging import num_regions_after_rounds
 from ailurus_hf.modeling.reduction import ReductionContext, reduce
 from ailurus_hf.modeling.settings import AdaptiveResolutionSettings
-from tests.kernels.cases import MAKERS, both, kernels, random_tokens, whole_numbers
+from tests.kernels.cases import MAKERS, both, kernels, plain_operations, random_tokens, whole_numbers
 from tests.operations import OperationCounter
 
 SETTINGS = AdaptiveResolutionSettings(grouping="region_merging")
@@ -20,7 +20,7 @@ SETTINGS = AdaptiveResolutionSettings(grouping="region_merging")
 
 @pytest.fixture(autouse=True)
 def _few_rounds(monkeypatch):
-    monkeypatch.setattr(grouping_region_merging, "NUM_ROUNDS", 3)
+    monkeypatch.setattr(grouping_region_merging, "NUM_ROUNDS", 2)
 
 
 def assert_same_groups(tokens, grid, num_groups, exact=True):
@@ -31,11 +31,17 @@ def assert_same_groups(tokens, grid, num_groups, exact=True):
     return plain, fused
 
 
-@pytest.mark.parametrize("make", MAKERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("make", "dtype"), [*((make, torch.float32) for make in MAKERS), (random_tokens, torch.bfloat16)]
+)
 def test_same_groups(make, dtype):
     """Of two tokens alone in a group both are as near to the mean: with random ones, rounding decides."""
-    assert_same_groups(make((5, 9), batch_size=3).to(dtype), (5, 9), 15, exact=make is not random_tokens)
+    assert_same_groups(
+        make((5, 9), batch_size=3 if dtype == torch.bfloat16 else 1).to(dtype),
+        (5, 9),
+        15,
+        exact=make is not random_tokens,
+    )
 
 
 def test_the_token_that_stands_for_a_group_is_nearest_to_its_mean():
@@ -48,7 +54,7 @@ def test_the_token_that_stands_for_a_group_is_nearest_to_its_mean():
 
 
 def test_all_rounds_and_projected_features(monkeypatch):
-    monkeypatch.setattr(grouping_region_merging, "NUM_ROUNDS", 12)
+    monkeypatch.setattr(grouping_region_merging, "NUM_ROUNDS", 6)
     assert_same_groups(random_tokens((6, 8), hidden_size=100), (6, 8), 12, exact=False)
 
 
@@ -57,7 +63,7 @@ def test_grids(grid):
     assert_same_groups(whole_numbers(grid), grid, math.prod(grid) // 3 or 1)
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(height=st.integers(1, 6), width=st.integers(2, 6), share=st.floats(0.05, 0.99))
 def test_sizes(height, width, share):
     assert_same_groups(whole_numbers((height, width)), (height, width), max(int(share * height * width), 1))
@@ -98,9 +104,10 @@ def test_launches_and_the_same_bits_twice():
         with kernels() as launched, OperationCounter() as counter:
             reduction = reduce(tokens, (5, 9), 15, SETTINGS)
         assert len(launched) == 2 * num_rounds + 3
-        assert counter.counts == {"region_merging": 1, "merge": 1, "_to_copy": 1, "bmm": 1}  # the last two: projecting
+        beside = {"_to_copy": 1, "mm": 1}  # projecting the features
+        assert plain_operations(counter) == {"region_merging": 1, "merge": 1, **beside}
         found.append((*reduction.groups, reduction.tokens, reduction.residual))
     assert all(map(torch.equal, *found))
     with OperationCounter() as counter:
         region_merging.region_merging(random_tokens((5, 9), 2), [5, 9], 15)
-    assert not counter.counts
+    assert not plain_operations(counter)
