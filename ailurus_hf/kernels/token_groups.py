@@ -14,7 +14,7 @@ PLACE = tl.constexpr(2**31 - 1)  # the bits of a key that hold a place, below th
 _TOKENS, _OTHERS = (
     tile(16),
     128,
-)  # of a program, and how many they are compared with at once: 16 pairs for each of 128 threads
+)  # of a program, and those they are compared with at once: 16 pairs a thread
 _WARPS = 4
 
 
