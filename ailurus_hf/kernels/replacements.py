@@ -80,7 +80,7 @@ def _restore_groups(plain: Plain, tokens: Tensor, groups: TokenGroups, residual:
     return restore_op(tokens, residual, *members(groups))
 
 
-_REPLACEMENTS = {
+_REPLACEMENTS: dict[str, Plain] = {
     "_density_peaks": _density_peaks,
     "_region_merging": _region_merging,
     "_merge_groups": _merge_groups,

@@ -71,7 +71,8 @@ def test_hierarchical_models():
 
 
 @torch.no_grad()
-def test_code_that_a_checkpoint_brings_stays_plain(model, tmp_path):
+def test_code_that_a_checkpoint_brings_stays_plain(tmp_path):
+    model = tiny_model(AiluRusModel, keep_ratio=0.25, grouping="density_peaks")
     expected = model(random_images()).last_hidden_state
     save_with_code(model, tmp_path / "with_code")
     with kernels() as launched:

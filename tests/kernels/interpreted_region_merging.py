@@ -104,6 +104,9 @@ def test_launches_and_the_same_bits_twice():
         with kernels() as launched, OperationCounter() as counter:
             reduction = reduce(tokens, (5, 9), 15, SETTINGS)
         assert len(launched) == 2 * num_rounds + 3
+        if not found:  # the tables of signs and edges are made at first
+            found.append((*reduction.groups, reduction.tokens, reduction.residual))
+            continue
         beside = {"_to_copy": 1, "mm": 1}  # projecting the features
         assert plain_operations(counter) == {"region_merging": 1, "merge": 1, **beside}
         found.append((*reduction.groups, reduction.tokens, reduction.residual))
