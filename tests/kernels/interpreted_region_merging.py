@@ -111,6 +111,7 @@ def test_launches_and_the_same_bits_twice():
         assert plain_operations(counter) == {"region_merging": 1, "merge": 1, **beside}
         found.append((*reduction.groups, reduction.tokens, reduction.residual))
     assert all(map(torch.equal, *found))
+    points = random_tokens((5, 9), 2)
     with OperationCounter() as counter:
-        region_merging.region_merging(random_tokens((5, 9), 2), [5, 9], 15)
+        region_merging.region_merging(points, [5, 9], 15)
     assert not plain_operations(counter)
