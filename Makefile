@@ -60,8 +60,8 @@ lock:  ## write requirements/lock.txt anew: same torch, newest of the rest
 	build/lock/bin/python -m pip install --upgrade --quiet "torch==$(LOCKED_TORCH)" "setuptools>=77.0.3"
 	build/lock/bin/python -m pip install --quiet ".[dev]"
 	@{ sed -n '/^#/p' $(LOCK); build/lock/bin/python -m pip freeze --all \
-		| sed -E 's/^(torch==[^+]*)[+].*/\1/' \
-		| grep -v -i -E '^(ailurus-hf|pip|wheel|nvidia-.*|cuda-.*|triton)([ =]|$$)'; } > $(LOCK).new
+		| sed -E -e 's/^(torch==[^+]*)[+].*/\1/' -e "s/^triton==.*/triton; sys_platform == 'linux'/" \
+		| grep -v -i -E '^(ailurus-hf|pip|wheel|nvidia-.*|cuda-.*)([ =]|$$)'; } > $(LOCK).new
 	mv $(LOCK).new $(LOCK)
 	rm -rf build/lock
 

@@ -14,6 +14,7 @@ _EXPECTED = [
     re.compile(r"not possible with the native model: "),
     re.compile(r"the model has no gradient checkpointing"),
     re.compile(r"needs a CUDA device"),
+    re.compile(r"needs triton, which is for Linux"),
 ]
 
 

@@ -76,7 +76,7 @@ assert type(AutoModel.from_pretrained(sys.argv[2])) is type(model)
 
 def test_core_dependencies_are_enough_for_models(tmp_path):
     extras = set().union(*EXTRAS.values()) - {"ailurus-hf"}
-    assert extras == {"accelerate", "datasets", "evaluate", "matplotlib", "rich", "scipy", "typer"}
+    assert extras == {"accelerate", "datasets", "evaluate", "matplotlib", "rich", "scipy", "triton", "typer"}
     done = fresh(PROBE, json.dumps(sorted(extras)), str(tmp_path))
     assert done.returncode == 0, done.stderr
 
@@ -147,6 +147,7 @@ def test_the_command_is_where_the_installed_script_looks():
         ("not possible with the native model: no gradient", {False, True}),
         ("the model has no gradient checkpointing", {False, True}),
         ("needs a CUDA device", {False, True}),
+        ("needs triton, which is for Linux", {False, True}),
         ("could not import 'matplotlib'", set()),
         ("unconditional skip", set()),
     ],

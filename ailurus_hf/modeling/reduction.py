@@ -24,7 +24,7 @@ from .grouping_density_peaks import cluster_tokens
 from .grouping_grid import grid_cells
 from .grouping_region_merging import NUM_FEATURES, NUM_ROUNDS, merge_regions
 from .settings import HINTS, AdaptiveResolutionMixin, overrides_of
-from .token_groups import TokenGroups, group_tokens, merge_tokens, table, take_tokens, unfold_tokens
+from .token_groups import TokenGroups, group_tokens, merge_tokens, replaceable, table, take_tokens, unfold_tokens
 
 Grid = tuple[int, ...]
 
@@ -100,7 +100,9 @@ class ReductionContext:
         return value
 
 
-Assign = Callable[[Tensor, Grid, int, AdaptiveResolutionMixin, ReductionContext], tuple[Tensor, Tensor | None]]
+Assign = Callable[
+    [Tensor, Grid, int, AdaptiveResolutionMixin, ReductionContext], tuple[Tensor, Tensor | None] | TokenGroups
+]
 Reduce = Callable[[Tensor, Grid, int, AdaptiveResolutionMixin, ReductionContext], Reduction | None]
 
 
@@ -111,7 +113,7 @@ class Grouping:
 
     Attributes:
         assign: gives (batch_size, N) int64, the group of each token, each of M used, and (batch_size, M) int64, the
-            token that stands for each, or None for each group's first.
+            token that stands for each, or None for each group's first; or all of `TokenGroups`.
         reduce: gives a `Reduction`, or None to leave the tokens as they are.
         build: makes of a model's configuration a module with parameters, whose forward is as `reduce`; the model owns
             it.
@@ -154,6 +156,7 @@ def features(tokens: Tensor, settings: AdaptiveResolutionMixin, context: Reducti
     return normed
 
 
+@replaceable
 def _density_peaks(
     tokens: Tensor, grid: Grid, num_groups: int, settings: AdaptiveResolutionMixin, context: ReductionContext
 ) -> tuple[Tensor, Tensor]:
@@ -179,6 +182,7 @@ def _grid(
     return assignment.repeat(tokens.shape[0], 1), representatives.repeat(tokens.shape[0], 1)  # which users may change
 
 
+@replaceable
 def _region_merging(
     tokens: Tensor, grid: Grid, num_groups: int, settings: AdaptiveResolutionMixin, context: ReductionContext
 ) -> tuple[Tensor, Tensor]:
@@ -278,10 +282,11 @@ def reduce(
             f"grouping {settings.grouping!r} has parameters, and this model was built without them: set it in the "
             "configuration that the model is made from"
         )
-    assignment, representatives = row.assign(tokens, grid, num_groups, settings, context)
+    found = row.assign(tokens, grid, num_groups, settings, context)
+    groups = found if isinstance(found, TokenGroups) else group_tokens(found[0], num_groups, found[1])
     if context.reduction is not None:  # means and residuals are those of the grid that the merged tokens stand for
         tokens = context.reduction.restore(tokens)
-    return reduce_to_groups(tokens, group_tokens(assignment, num_groups, representatives), settings.unfold)
+    return reduce_to_groups(tokens, groups, settings.unfold)
 
 
 def _refuse_hints(name: str, row: Grouping, context: ReductionContext) -> None:
@@ -293,21 +298,28 @@ def _refuse_hints(name: str, row: Grouping, context: ReductionContext) -> None:
 
 def reduce_to_groups(tokens: Tensor, groups: TokenGroups, unfold: str = "residual") -> Reduction:
     """Each group's mean in the place of its members; gradient flows through means and residuals."""
-    merge, spread = partial(merge_tokens, groups=groups), partial(unfold_tokens, groups=groups)
-    merged = merge(tokens)
-    residual = tokens - spread(merged) if unfold == "residual" else None
+    merged, residual, log_sizes = _merge_groups(tokens, groups, unfold)
     return Reduction(
         tokens=merged,
-        log_sizes=groups.sizes.float().log(),
+        log_sizes=log_sizes,
         restore=partial(restore_groups, groups=groups, residual=residual),
         kept_positions=lambda: groups.representatives,
-        merge=merge,
-        spread=spread,
+        merge=partial(merge_tokens, groups=groups),
+        spread=partial(unfold_tokens, groups=groups),
         residual=residual,
         groups=groups,
     )
 
 
+@replaceable
+def _merge_groups(tokens: Tensor, groups: TokenGroups, unfold: str) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Each group's mean, the residual of each token, and the logarithm of each group's size."""
+    merged = merge_tokens(tokens, groups)
+    residual = tokens - unfold_tokens(merged, groups) if unfold == "residual" else None
+    return merged, residual, groups.sizes.float().log()
+
+
+@replaceable
 def restore_groups(tokens: Tensor, groups: TokenGroups, residual: Tensor | None) -> Tensor:
     """Each group's token for all its members, and what made each of them differ from it.
 

@@ -6,14 +6,30 @@ floating-point scatter-add would depend on the order of atomics.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 _Table = TypeVar("_Table")
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+REPLACEMENTS: dict[str, Callable[..., Any]] = {}  # what runs in the place of which function, by its name
+
+
+def replaceable(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """A function in whose place fused kernels may run: what `REPLACEMENTS` has under its name is called with the
+    function, to fall back on, and its arguments."""
+
+    @wraps(function)
+    def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        other = REPLACEMENTS.get(function.__name__)
+        return function(*args, **kwargs) if other is None else other(function, *args, **kwargs)
+
+    return run
 
 
 class TokenGroups(NamedTuple):
@@ -54,6 +70,7 @@ def _group_bounds(num_groups: int, batch_size: int, device: torch.device) -> Ten
     return torch.arange(num_groups + 1, device=device).repeat(batch_size, 1)
 
 
+@replaceable
 def merge_tokens(tokens: Tensor, groups: TokenGroups) -> Tensor:
     """Mean of each group's members: (batch_size, N, hidden_size) -> (batch_size, M, hidden_size), same dtype.
 
@@ -70,6 +87,7 @@ def merge_tokens(tokens: Tensor, groups: TokenGroups) -> Tensor:
     return merged.view(batch_size, -1, hidden_size).to(tokens.dtype)
 
 
+@replaceable
 def unfold_tokens(merged: Tensor, groups: TokenGroups) -> Tensor:
     """Copy each group's token to its members: (batch_size, M, hidden_size) -> (batch_size, N, hidden_size).
 
