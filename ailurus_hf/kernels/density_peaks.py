@@ -235,7 +235,8 @@ def density_peaks(
     batch_size, num_tokens, hidden_size = tokens.shape
     offsets = kept(neighborhood_offsets, len(grid), neighborhood_size)
     neighbors = table(_neighbors, tuple(grid), offsets, like=tokens)
-    weights = table(_spatial_weight, neighborhood_size, spatial_alpha, hidden_size, torch.float32, like=tokens)
+    sizes = neighborhood_size, neighborhood_size, spatial_alpha, hidden_size
+    weights = table(_spatial_weight, *sizes, torch.float32, like=tokens)
     padded = power_of_2(neighborhood_size)
     num_blocks = blocks(num_tokens, _PAIRS // padded)
     distances = tokens.new_empty(batch_size, num_tokens, neighborhood_size, dtype=torch.float32)

@@ -316,7 +316,7 @@ def _merge_groups(tokens: Tensor, groups: TokenGroups, unfold: str) -> tuple[Ten
     """Each group's mean, the residual of each token, and the logarithm of each group's size."""
     merged = merge_tokens(tokens, groups)
     residual = tokens - unfold_tokens(merged, groups) if unfold == "residual" else None
-    return merged, residual, groups.sizes.float().log()
+    return merged, residual, groups.sizes.log()
 
 
 @replaceable

@@ -13,7 +13,7 @@ from tests.factories import tiny_model
 from tests.operations import OperationCounter, is_view
 
 # What a grouping adds on 40 x 40 tokens, of which half are kept; these numbers only go down.
-MOST_OPERATIONS = {"density_peaks": 70, "region_merging": 441, "grid": 14}
+MOST_OPERATIONS = {"density_peaks": 69, "region_merging": 439, "grid": 13}
 
 
 def operations(**settings):
