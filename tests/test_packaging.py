@@ -76,7 +76,7 @@ assert type(AutoModel.from_pretrained(sys.argv[2])) is type(model)
 
 def test_core_dependencies_are_enough_for_models(tmp_path):
     extras = set().union(*EXTRAS.values()) - {"ailurus-hf"}
-    assert extras == {"accelerate", "datasets", "evaluate", "matplotlib", "rich", "scipy", "triton", "typer"}
+    assert extras == {"accelerate", "datasets", "evaluate", "matplotlib", "peft", "rich", "scipy", "triton", "typer"}
     done = fresh(PROBE, json.dumps(sorted(extras)), str(tmp_path))
     assert done.returncode == 0, done.stderr
 

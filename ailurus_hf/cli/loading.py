@@ -14,6 +14,7 @@ from ..architectures.row import SEGMENTATION
 from ..conversion.reading.settings import model_class_names
 from ..registry import ARCHITECTURES
 from ..utils.errors import CheckpointError
+from ..utils.extras import needs_extra
 from ..utils.files import read_json_object
 from ..utils.logging import quiet_transformers
 
@@ -89,12 +90,8 @@ def _merged(folder: Path, **settings: Any) -> PreTrainedModel:
     """The model that an adapter of peft is for, with the adapter merged into its weights."""
     base = adapter_base(folder)
     assert base is not None
-    try:
+    with needs_extra("peft", f"adapters such as {folder}, for {base},"):
         from peft import PeftModel
-    except ImportError as error:
-        raise ImportError(
-            f"{folder} holds an adapter of peft for {base}: pip install peft, and it is merged here", name="peft"
-        ) from error
     model = load_model(base, **settings)
     try:
         merged: PreTrainedModel = PeftModel.from_pretrained(model, folder).merge_and_unload()

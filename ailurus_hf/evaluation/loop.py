@@ -180,11 +180,11 @@ def evaluate_segmentation(
         TypeError: budgets other than 1 for a model that has none, or of the other kind; samples that are neither.
         ImageFileError: a file is damaged, or a picture smaller than a patch, and `skip_unreadable` is False.
     """
+    index, processes = process_place()
     if ignore_index is None:
         ignore_index = getattr(model.config, "semantic_loss_ignore_index", 255)
     rule = LabelRule(num_classes(model.config), ignore_index)
     samples = HubSegmentation(samples, rule) if hasattr(samples, "column_names") else samples
-    index, processes = process_place()
     wanted = _budgets(model.config, budgets)
     results = _empty_results(wanted, num_classes(model.config), ignore_index, boundary)
     skipped: list[str] = []
