@@ -115,7 +115,7 @@ def test_adapters_of_peft_are_merged(folder: Path, tmp_path: Path, monkeypatch: 
     base.config.keep_ratio = 1.0
     torch.testing.assert_close(loaded(pixel_values).logits, adapted(pixel_values).logits)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match="need peft: pip install '.\[peft\]'"):
+    with pytest.raises(ImportError, match=r"need peft: pip install '.\[peft\]'"):
         load_model(tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="merge_and_unload"):
