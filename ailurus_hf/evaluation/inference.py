@@ -218,7 +218,7 @@ def segment_image(
         return Segmentation(area.whole(labels).cpu().numpy())
     # One view of the whole picture: the only case with clusters to tell of.
     output = model(pixel_values)
-    labels = label_maps(output.logits, area, _threshold(model))[0]
+    labels = label_maps(class_logits(output), area, _threshold(model))[0]
     return Segmentation(labels.cpu().numpy(), _cluster_maps(model.config, output, area))
 
 
@@ -269,9 +269,28 @@ def _cluster_maps(config: Any, output: Any, area: PictureArea) -> tuple[ClusterM
     )
 
 
+def class_logits(output: Any) -> Tensor:
+    """Logits of the classes for every pixel (B, num_labels, h, w) from a model's output.
+
+    Of mask classification (Mask2Former, EoMT), the logarithm of what the queries together say: the sum over them of the
+    probability of the class, among those that are no "no object", times that of the mask.
+
+    Raises:
+        TypeError: the output has neither.
+    """
+    logits: Tensor | None = getattr(output, "logits", None)
+    if logits is not None:
+        return logits
+    if getattr(output, "masks_queries_logits", None) is None:
+        raise TypeError(f"the model must be one for semantic segmentation, whose output has logits, got {type(output)}")
+    classes = output.class_queries_logits.float().softmax(-1)[..., :-1]
+    shares = torch.einsum("bqc,bqhw->bchw", classes, output.masks_queries_logits.float().sigmoid())
+    return shares.clamp(min=torch.finfo(torch.float32).tiny).log()
+
+
 def _logits(model: PreTrainedModel, view: Tensor, sliding_window: bool) -> Tensor:
     if not sliding_window:
-        return model(pixel_values=view).logits.float()
+        return class_logits(model(pixel_values=view)).float()
     config = model.config
     if getattr(config, "window_size", None) is None:
         raise ValueError("sliding_window needs config.window_size, which this model does not have")

@@ -8,7 +8,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import BeitConfig, UperNetConfig, UperNetForSemanticSegmentation
+from transformers import (
+    BeitConfig,
+    Dinov2Config,
+    EomtConfig,
+    EomtForUniversalSegmentation,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
 
 from ailurus_hf import (
     AiluRusForSemanticSegmentation,
@@ -20,6 +29,7 @@ from ailurus_hf import (
 from ailurus_hf.data import SegmentationFolder
 from ailurus_hf.data.images import ImageFileError
 from ailurus_hf.evaluation import ConfusionMatrix, class_scores, evaluate_segmentation, segment_image
+from ailurus_hf.evaluation.inference import class_logits
 from tests.data.files import IGNORE, NUM_LABELS, write_camvid, write_labels
 from tests.factories import random_images, tiny_lookupvit, tiny_model, tiny_segformer
 
@@ -135,6 +145,43 @@ def test_models_of_transformers(samples):
     assert model.config.ailurus["keep_ratio"] == 0.5
     with pytest.raises(TypeError, match="call apply_ailurus"):
         evaluate_segmentation(native(), PROCESSOR, samples, (0.5,), ignore_index=IGNORE, progress=False)
+
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 8, "image_size": 64}
+
+
+def eomt():
+    config = EomtConfig(**SHAPE, mlp_ratio=2, num_blocks=1, num_queries=6, num_upscale_blocks=1, num_labels=NUM_LABELS)
+    return EomtForUniversalSegmentation(config)
+
+
+def mask2former():
+    backbone = Dinov2Config(**SHAPE, mlp_ratio=2, out_indices=[1, 2, 3, 4])
+    sides = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 32}
+    layers = {"encoder_layers": 1, "decoder_layers": 2, "dim_feedforward": 32, "num_attention_heads": 2}
+    config = Mask2FormerConfig(backbone_config=backbone, **sides, **layers, num_queries=5, num_labels=NUM_LABELS)
+    return Mask2FormerForUniversalSegmentation(config)
+
+
+@pytest.mark.parametrize("make", [eomt, mask2former])
+def test_models_that_classify_masks(make, samples):
+    torch.manual_seed(0)
+    model = apply_ailurus(make().eval(), keep_ratio=0.25)
+
+    def to_square(image, return_tensors):  # EoMT takes no other
+        return PROCESSOR(image.resize((64, 64)), return_tensors=return_tensors)
+
+    report = evaluate_segmentation(model, to_square, samples, (1, 0.25), ignore_index=IGNORE, progress=False)
+    assert [result.keep_ratio for result in report.budgets] == [1, 0.25]
+    with torch.no_grad():
+        output = model(random_images(2, 64, 64))
+    found = class_logits(output)
+    expected = [
+        sum(scores.softmax(-1)[label] * mask.sigmoid() for scores, mask in zip(*queries, strict=True))
+        for queries in zip(output.class_queries_logits, output.masks_queries_logits, strict=True)
+        for label in range(NUM_LABELS)
+    ]
+    torch.testing.assert_close(found.exp().flatten(0, 1), torch.stack(expected))
 
 
 def test_views_are_averaged():
