@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .benchmark import benchmark
 from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
@@ -45,7 +46,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, predict, evaluate, visualize, convert, info):
+for command in (demo, predict, evaluate, visualize, benchmark, convert, info):
     app.command()(command)
 
 

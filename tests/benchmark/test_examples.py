@@ -24,14 +24,6 @@ def load(name):
     return module
 
 
-def test_encoder(capsys):
-    script = load("benchmark_encoder")
-    script.SIZES["small"] = (32, 4, 4)
-    script.main(image_size=64, rounds=2, keep_ratio=[0.5], dtype="float32", device="cpu", batch_size=1, compile=False,
-                size="small", grouping="grid")  # fmt: skip
-    assert "0.5" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("name", ["vit", "sam"])
 def test_adapters(name):
     script = load("benchmark_adapters")
@@ -66,11 +58,3 @@ def test_scenes_are_drawn_for_evaluate(tmp_path):
     expected = draw_scene(6)
     assert (np.asarray(sample.image) == expected.image).all()
     assert (sample.labels == expected.labels).all()
-
-
-def test_lookupvit(capsys):
-    script = load("benchmark_lookupvit")
-    script.SHAPE |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    script.main(image_size=[64, 96], batch_size=[2], compressed_size=[3, 5], dtype="float32", device="cpu", rounds=2)
-    table = capsys.readouterr().out
-    assert (table.count("plain"), table.count("3 x 3"), table.count("5 x 5")) == (2, 2, 1)  # of what fits
