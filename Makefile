@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: help setup demo test test-slow test-latest quality style lock clean
+.PHONY: help setup demo test test-slow test-latest quality style lock wheels gpu gpu-full clean
 
 help:  ## show these lines
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,25 @@ lock:  ## write requirements/lock.txt anew: same torch, newest of the rest
 		| grep -v -i -E '^(ailurus-hf|pip|wheel|nvidia-.*|cuda-.*)([ =]|$$)'; } > $(LOCK).new
 	mv $(LOCK).new $(LOCK)
 	rm -rf build/lock
+
+wheels:  ## fill wheels/ with what `make gpu` needs beside torch, for a machine without network
+	$(if $(PYTHON),,$(NO_PYTHON))
+	$(PYTHON) -m pip download --quiet --no-deps --dest wheels $$(grep -v -i -E '^(#|$$|torch==)' $(LOCK))
+
+# With the torch that is there: no .venv. What wheels/ lacks must be installed.
+GPU_PYTHON := $(if $(wildcard wheels),PYTHONPATH=build/gpu:. )$(PYTHON)
+
+build/gpu:
+	$(if $(wildcard wheels),$(PYTHON) -m pip install --quiet --no-index --no-deps --target $@ wheels/*.whl,@true)
+
+gpu: build/gpu  ## on a CUDA device: its tests, then times of the plain and merged model, in under 9 minutes; build/gpu.md
+	@mkdir -p build
+	-$(GPU_PYTHON) -m pytest tests/test_cuda.py -n 0 $(ARGS)
+	$(GPU_PYTHON) benchmarks/gpu.py --minutes 6 --out build/gpu.jsonl
+
+gpu-full: build/gpu  ## the whole matrix of times on a CUDA device, for hours; goes on where it stopped
+	@mkdir -p build
+	$(GPU_PYTHON) benchmarks/gpu.py --full --minutes 1440 --out build/gpu.jsonl
 
 clean:  ## remove .venv, caches and build output
 	rm -rf $(VENV) $(LATEST) build dist demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Dinov2Config, Dinov2Model, SamVisionConfig, SamVisionModel
 
 from ailurus_hf import (
@@ -89,3 +90,52 @@ def test_one_graph(make):
     expected = main_output(model, images)
     compiled = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(main_output(compiled, images), expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [plain, dinov2], ids=lambda make: make.__name__)
+def test_a_merged_forward_in_a_cuda_graph(make):
+    model, images = make().cuda(), random_images(2, 64, 64).cuda()
+    expected, stream, graph = main_output(model, images), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        main_output(model, images)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        found = main_output(model, images)
+    found.zero_()
+    graph.replay()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_reduce_overhead():
+    model, images = plain().cuda(), random_images(2, 64, 64).cuda()
+    expected = main_output(model, images)
+    compiled = torch.compile(model, mode="reduce-overhead")
+    for _ in range(3):
+        found = main_output(compiled, images).clone()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grouping", list(GROUPINGS))
+def test_never_more_memory_than_the_plain_model(grouping):
+    model = tiny_model(AiluRusForSemanticSegmentation, image_size=256, hidden_size=128, intermediate_size=512).cuda()
+    images, peaks = random_images(4, 256, 256).cuda(), []
+    for settings in ({"keep_ratio": 1.0}, {"keep_ratio": 0.5, "grouping": grouping}):
+        with with_budget(model, **settings):
+            main_output(model, images)
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            main_output(model, images)
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[1] <= peaks[0]
+
+
+@torch.no_grad()
+def test_no_attention_in_the_math_kernel():
+    model, images = plain().cuda().bfloat16(), random_images(2, 64, 64).cuda().bfloat16()
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    with sdpa_kernel(fused):  # raises where none of them takes the log sizes
+        assert main_output(model, images).isfinite().all()
