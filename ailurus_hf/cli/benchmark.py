@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from .options import Device, Json, _device, parse_size
+from .options import Device, Json, find_device, parse_size
 
 if TYPE_CHECKING:
     from ..benchmark.run import BenchmarkRow
@@ -64,7 +64,7 @@ def benchmark(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    target = str(_device(device))
+    target = str(find_device(device))
     rows: list[BenchmarkRow] = []
     for name, chosen, batch in product(model, size or [None], batch_size):
         if name not in CASES and not Path(name).is_dir():
@@ -72,8 +72,9 @@ def benchmark(
         case = CASES.get(name)
         torch.manual_seed(0)
         network: Any = None if case else load_model(name, any_head=True)
-        pixels = _sides(chosen) or (case.size if case else _sides(network.config.image_size))
-        assert pixels is not None
+        pixels = _sides(chosen) or (case.size if case else _sides(getattr(network.config, "image_size", None)))
+        if pixels is None:
+            raise ValueError(f"--size is needed: the configuration of {name} has no image_size")
         network = case.build(pixels) if case else network
         plain = case.plain(pixels) if case and case.plain else None
         rows += measure(

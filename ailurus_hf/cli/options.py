@@ -85,7 +85,7 @@ def load_on_device(model: str, device: str, dtype: str | None, **settings: Any) 
     """
     from .loading import load_model
 
-    target = _device(device)
+    target = find_device(device)
     return load_model(model, dtype=dtype, **settings).to(target)
 
 
@@ -125,7 +125,7 @@ def _check_processor(processor: Any) -> None:
     processor(torch.zeros(3, 16, 16, dtype=torch.uint8), return_tensors="pt")
 
 
-def _device(name: str) -> "torch.device":
+def find_device(name: str) -> "torch.device":
     import torch
 
     from ..utils.extras import needs_extra
