@@ -87,6 +87,15 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _few_rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing takes its time for each round of region merging, and another dozen of them shows nothing new."""
+    if any(word in request.node.name for word in ("compile", "exports", "and_exported", "one_graph")):
+        from ailurus_hf.modeling import grouping_region_merging
+
+        monkeypatch.setattr(grouping_region_merging, "NUM_ROUNDS", 2)
+
+
+@pytest.fixture(autouse=True)
 def _seeds() -> None:
     import numpy as np
     import torch

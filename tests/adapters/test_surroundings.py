@@ -19,6 +19,7 @@ from tests.factories import random_images
 INPUTS = {"pixel_values": IMAGES}
 
 
+@pytest.mark.slow
 def test_a_compiled_graph_may_break():
     """With more layers than torch compiles a function anew: the last ones run without compiling."""
     case = Case("vit", ViTModel, ViTConfig, {**TINY, "num_hidden_layers": 7})

@@ -32,7 +32,7 @@ def test_dense_flops_follow_the_formula():
 
 def test_merged_flops_follow_the_formula():
     model = tiny_model(AiluRusModel, keep_ratio=0.25, grouping="density_peaks")
-    patches, distances = 2 * 36 * 3 * 8 * 8 * 32, 3 * 25 * 36 * 32
+    patches, distances = 2 * 36 * 3 * 8 * 8 * 32, 3 * 18 * 36 * 32  # pairs: all of 36 tokens
     everywhere = 2 * 36 * 9 * 32  # every token against every representative
     expected = patches + 2 * layer_flops(37) + 2 * layer_flops(10) + distances + everywhere
     assert count_flops(model, 48, 48) == expected

@@ -29,7 +29,7 @@ def run(*command, **environment):
 
 
 @needs_triton
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES[:3], pytest.param("models", marks=pytest.mark.slow)])
 def test_in_the_interpreter(family):
     """What stands in the file of that name, each test of which must pass."""
     path = f"tests/kernels/interpreted_{family}.py"
@@ -44,7 +44,7 @@ def test_every_file_of_tests_is_run():
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_every_kernel_compiles(capability, tmp_path):
     """As far as the machine code of a GPU, which needs none."""
     environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

@@ -200,7 +200,7 @@ def test_arguments_that_do_not_fit():
         merge_regions(torch.zeros(1, 6, 4), (2, 3), 7)
 
 
-def test_rounds_are_compiled_once():
+def test_rounds_share_one_region_of_a_graph():
     """Whatever number of rounds, one graph holds one of them, and refers to it."""
     graphs = []
 

@@ -426,6 +426,7 @@ def test_compiles_with_hidden_states_and_gradients_grad():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_exports_with_a_dynamic_batch():
     model = tiny_segformer(AiluRusSegformerForSemanticSegmentation, **ALL_STAGES)
     batch = torch.export.Dim("batch", min=1, max=8)

@@ -407,6 +407,7 @@ def test_compiles_into_one_graph_for_every_batch_size(video):
         torch.testing.assert_close(compiled(pixels).logits, model(pixels).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_models_take_budgets_and_train_at_the_configured_one_grad():
     torch.compiler.reset()
     model, images = tiny_lookupvit(LookupViTForImageClassification).train(), random_images()

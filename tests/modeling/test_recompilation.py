@@ -7,6 +7,8 @@ from ailurus_hf import AiluRusModel
 from ailurus_hf.modeling.reduction import GROUPINGS
 from tests.factories import random_images, tiny_model
 
+pytestmark = pytest.mark.slow
+
 
 class Counting:
     """A backend that compiles nothing and counts its graphs."""

@@ -11,7 +11,6 @@ from torch import nn
 
 from ailurus_hf import AiluRusForSemanticSegmentation, AiluRusModel, AiluRusSegformerModel, apply_ailurus
 from ailurus_hf.budget import with_budget
-from ailurus_hf.modeling import grouping_region_merging
 from ailurus_hf.modeling.reduction import (
     GROUPINGS,
     Grouping,
@@ -286,8 +285,7 @@ def test_what_is_merged_merges_again():
         assert torch.equal(model(images).last_hidden_state, output.last_hidden_state)
 
 
-def test_merging_again_in_one_graph_and_exported(monkeypatch):
-    monkeypatch.setattr(grouping_region_merging, "NUM_ROUNDS", 2)  # a graph for every round takes its time to trace
+def test_merging_again_in_one_graph_and_exported():
     model, images = tiny_model(AiluRusModel, places=TWICE), random_images(3)
     expected = model(images).last_hidden_state
     compiled = torch.compile(model, fullgraph=True, backend="eager")

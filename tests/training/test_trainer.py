@@ -123,6 +123,7 @@ def test_a_resumed_run_has_the_same_curve(data, tmp_path, loading):
     assert torch.equal(weights(resumed.model), weights(straight.model))
 
 
+@pytest.mark.slow
 def test_the_epoch_reaches_data_sets_inside_others(data, tmp_path):
     trainer = trainer_for(data, network(), tmp_path, max_steps=5, eval_strategy="no")
     views = trainer.train_dataset
