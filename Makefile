@@ -75,7 +75,7 @@ GPU_PYTHON := $(if $(wildcard wheels),PYTHONPATH=build/gpu:. )$(PYTHON)
 build/gpu:
 	$(if $(wildcard wheels),$(PYTHON) -m pip install --quiet --no-index --no-deps --target $@ wheels/*.whl,@true)
 
-gpu: build/gpu  ## on a CUDA device: its tests, then times of the plain and merged model, in under 9 minutes; build/gpu.md
+gpu: build/gpu  ## on a CUDA device: its tests, then six minutes of times of the plain and merged model; build/gpu.md
 	@mkdir -p build
 	-$(GPU_PYTHON) -m pytest tests/test_cuda.py -n 0 $(ARGS)
 	$(GPU_PYTHON) benchmarks/gpu.py --minutes 6 --out build/gpu.jsonl

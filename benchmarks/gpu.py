@@ -2,7 +2,8 @@
 
 python benchmarks/gpu.py --minutes 9 --out gpu.jsonl
 
-A run that is started anew skips the cases that are in the file. At the end a table in Markdown goes beside it.
+A run that is started anew skips the cases that are in the file, except those that failed. At the end a table in Markdown
+goes beside it.
 """
 
 import json
@@ -50,7 +51,7 @@ def main(
         raise typer.Exit(2)
     where, end = environment(device), time.monotonic() + 60 * minutes
     records = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    done = [record["case"] for record in records if record["environment"] == where]
+    done = [record["case"] for record in records if record["environment"] == where and record["error"] is None]
     for case in TINY if tiny else [*FIRST, *ALL] if full else FIRST:
         if list(case) in done:
             continue

@@ -495,7 +495,9 @@ def _owner_of(hook: Any) -> Any:
 
 
 def _refuse_attentions(recorded: tuple[Any, ...], stretches: list[Stretch]) -> None:
-    lengths = {part.tokens.shape[1] for stretch in stretches for part in stretch.by_layer.values()}
+    lengths = {
+        part.tokens.shape[1] for stretch in stretches for part in (*stretch.by_layer.values(), stretch.reduction)
+    }
     merged = [(length, length) for length in lengths]  # sides of weights, which square feature maps do not have
     if any(isinstance(part, Tensor) and part.ndim == 4 and part.shape[-2:] in merged for part in recorded):
         raise ValueError(

@@ -1,6 +1,7 @@
 """One model timed plain and at several budgets, in turn, and what else its forward costs."""
 
 import copy
+import math
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..adapters import map_layers
-from ..budget import with_budget
+from ..budget import has_budget, with_budget
 from ..modeling import reduction
 from ..registry import architecture_of
 from .flops import count_flops
@@ -111,7 +112,8 @@ def benchmark(
         model: of this package, or changed by `apply_ailurus`; it is copied.
         size: height and width of the images, which are random.
         budgets: settings for `with_budget`, such as `{"keep_ratio": 0.5, "grouping": "grid"}`.
-        plain: what it is compared with; by default the model with keep_ratio=1.
+        plain: what it is compared with, with nothing merged; by default the model itself, LookupViT at the largest size
+            of its training.
         batch_size, dtype, device: of the images, and of what is computed.
         attention: implementations to time every variant with; by default the model's own only.
         mode: "compiled" is `torch.compile` (as CUDA graphs on a GPU), "graph" captures the forward in a CUDA graph.
@@ -126,8 +128,8 @@ def benchmark(
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     pixels = torch.randn(batch_size, 3, *size, device=device, dtype=dtype)
-    base = {"keep_ratio": 1.0} if plain is None else {}
-    settings = [(model if plain is None else plain, "plain", base), *((model, _label(each), each) for each in budgets)]
+    dense = model if plain is None else plain
+    settings = [(dense, "plain", _dense_budget(dense)), *((model, _label(each), each) for each in budgets)]
     runs: dict[str, Callable[[], object]] = {}
     flops: dict[str, float | None] = {}
     plains = []
@@ -162,6 +164,13 @@ def benchmark(
             )  # fmt: skip
             rows.append(row)
     return rows
+
+
+def _dense_budget(model: Any) -> Budget:
+    sizes = getattr(model.config, "compressed_sizes", None)
+    if sizes is not None:
+        return {"compressed_size": max(sizes, key=lambda size: size**2 if isinstance(size, int) else math.prod(size))}
+    return {"keep_ratio": 1.0} if has_budget(model) else {}
 
 
 def _label(budget: Budget) -> str:

@@ -80,9 +80,8 @@ def predict(
     names = _names(images, out, recursive)
     check_equal_names(list(names), list(names.values()), "be written as {}.*")
     finished = {name for name in names.values() if resume and _is_report(out / f"{name}.json")}
-    _check_outputs(
-        out, [name for name in names.values() if name not in finished]
-    )  # it would be a pity to find out after the model has run
+    # It would be a pity to find out after the model has run.
+    _check_outputs(out, [name for name in names.values() if name not in finished])
     network = load_on_device(
         model,
         device,

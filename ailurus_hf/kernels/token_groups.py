@@ -11,10 +11,8 @@ with needs_extra("kernels", "fused kernels"):
     import triton.language as tl
 
 PLACE = tl.constexpr(2**31 - 1)  # the bits of a key that hold a place, below the 32 of a number; as in `modeling`
-_TOKENS, _OTHERS = (
-    tile(16),
-    128,
-)  # of a program, and those they are compared with at once: 16 pairs a thread
+_TOKENS = tile(16)  # of a program
+_OTHERS = 128  # that these are compared with at once: 16 pairs a thread
 _WARPS = 4
 
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, SamVisionConfig, SamVisionModel, ViTConfig, ViTModel
 
 from ailurus_hf import apply_ailurus, remove_ailurus, restore
+from ailurus_hf.adapters.families import FAMILIES
 from tests.adapters.test_apply import IMAGES, TINY, VIT
 from tests.adapters.tester import assert_close, assert_equal, outputs
 from tests.factories import random_images
@@ -254,3 +256,23 @@ def test_parts_that_run_alone_keep_no_model_alive():
     del model
     gc.collect()
     assert freed() is None
+
+
+class WithMaps(ViTModel):
+    """Hands out maps beside its hidden states, square ones."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output["maps"] = (torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 16, 16))
+        return output
+
+
+@torch.no_grad()
+def test_square_maps_are_no_attention_weights():
+    row = replace(next(row for row in FAMILIES if row.family == "vit"), owners=("WithMaps",))
+    torch.manual_seed(0)
+    model = WithMaps(ViTConfig(**{**TINY, "image_size": 64}, attn_implementation="eager")).eval()
+    apply_ailurus(model, family=row, keep_ratio=0.5)
+    assert [part.shape[-1] for part in model(**SQUARE).maps] == [8, 16]
+    with pytest.raises(ValueError, match="output_attentions=True is not possible where tokens are merged"):
+        model(**SQUARE, output_attentions=True)

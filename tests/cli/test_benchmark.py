@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTModel
 
 from ailurus_hf import AiluRusForSemanticSegmentation, LookupViTModel, apply_ailurus
+from ailurus_hf.benchmark import count_flops
 from ailurus_hf.benchmark.cases import CASES, TINY
 from ailurus_hf.benchmark.run import benchmark
 from ailurus_hf.cli.app import main
@@ -81,6 +82,16 @@ def test_lookupvit_beside_a_vit() -> None:
     model, vit = LookupViTModel(tiny_lookupvit_config()), CASES["tiny"].build((48, 48))
     rows = benchmark("l", model, (48, 48), [{"compressed_size": 2}, {"compressed_size": 5}], plain=vit, rounds=1)
     assert [row.variant for row in rows] == ["plain", "compressed_size=2", "compressed_size=5"]
+    assert vit.config.keep_ratio < 1  # as it was built, and still it is the dense one
+    assert rows[0].gflops == pytest.approx(count_flops(vit, 48, 48, keep_ratio=1) / 1e9)
+    assert rows[0].launches == benchmark("v", vit, (48, 48), [], rounds=1)[0].launches
+
+
+def test_lookupvit_alone() -> None:
+    """In the place of a plain model stands the largest size of the training, 3 x 3."""
+    model = LookupViTModel(tiny_lookupvit_config(compressed_sizes=[2, 3]))
+    plain, same, less = benchmark("l", model, (48, 48), [{"compressed_size": 3}, {"compressed_size": 2}], rounds=1)
+    assert plain.gflops == same.gflops > less.gflops
 
 
 def test_a_graph_needs_a_gpu() -> None:

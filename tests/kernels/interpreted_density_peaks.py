@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ailurus_hf.benchmark.operations import OperationCounter
 from ailurus_hf.kernels import density_peaks
 from ailurus_hf.modeling.reduction import reduce
 from ailurus_hf.modeling.settings import AdaptiveResolutionSettings
 from tests.kernels.cases import MAKERS, both, constant_tokens, kernels, plain_operations, random_tokens, whole_numbers
-from tests.operations import OperationCounter
 
 
 def assert_same_groups(tokens, grid, num_groups, **others):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from ailurus_hf.benchmark.operations import OperationCounter
 from ailurus_hf.kernels import merging
 from ailurus_hf.kernels.launching import members
 from ailurus_hf.kernels.merging import merge_op, reduce_members_op
@@ -11,7 +12,6 @@ from ailurus_hf.kernels.unfolding import restore, restore_op, spread_op
 from ailurus_hf.modeling.reduction import reduce_to_groups
 from ailurus_hf.modeling.token_groups import group_tokens, merge_tokens, unfold_tokens
 from tests.kernels.cases import kernels, plain_operations, random_tokens
-from tests.operations import OperationCounter
 
 
 def groups_of(batch_size, num_tokens, num_groups, seed=0):

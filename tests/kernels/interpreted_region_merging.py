@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ailurus_hf.benchmark.operations import OperationCounter
 from ailurus_hf.kernels import region_merging
 from ailurus_hf.modeling import grouping_region_merging
 from ailurus_hf.modeling.grouping_region_merging import num_regions_after_rounds
 from ailurus_hf.modeling.reduction import ReductionContext, reduce
 from ailurus_hf.modeling.settings import AdaptiveResolutionSettings
 from tests.kernels.cases import MAKERS, both, kernels, plain_operations, random_tokens, whole_numbers
-from tests.operations import OperationCounter
 
 SETTINGS = AdaptiveResolutionSettings(grouping="region_merging")
 

@@ -6,11 +6,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ailurus_hf import AiluRusModel
+from ailurus_hf.benchmark.operations import OperationCounter, is_view
 from ailurus_hf.modeling import grouping_region_merging
 from ailurus_hf.modeling.reduction import GROUPINGS, reduce
 from ailurus_hf.modeling.settings import AdaptiveResolutionSettings
 from tests.factories import tiny_model
-from tests.operations import OperationCounter, is_view
 
 # What a grouping adds on 40 x 40 tokens, of which half are kept; these numbers only go down.
 MOST_OPERATIONS = {"density_peaks": 69, "region_merging": 439, "grid": 13}
