@@ -2,8 +2,8 @@
 
 python benchmarks/gpu.py --minutes 9 --out gpu.jsonl
 
-A run that is started anew skips the cases that are in the file, except those that failed. At the end a table in Markdown
-goes beside it.
+A run that is started anew skips the cases that are in the file, except those that failed. At the end a table in
+Markdown goes beside it.
 """
 
 import json
