@@ -55,7 +55,7 @@ CLASSES = {
 }
 ANSWERS = ("sky", "building", "road")  # classification asks which of them covers the most of a scene
 SIZES = [3, 5, 7, 10]
-NOT_OF_THE_VIT = ("compressed_sizes", "compressed_size", "semantic_loss_ignore_index")
+NOT_OF_THE_VIT = ("compressed_sizes", "compressed_size", "attention_reuse", "semantic_loss_ignore_index")
 
 Samples = list[LabelledImage]
 
@@ -134,7 +134,7 @@ def build(name: str, task: str, from_vit: str | None, **settings: Any) -> PreTra
         return model_class.from_vit(from_vit, **{key: settings[key] for key in NOT_OF_THE_VIT})
     if name == "lookupvit":
         return model_class(LookupViTConfig(**settings))
-    del settings["compressed_sizes"], settings["compressed_size"]
+    del settings["compressed_sizes"], settings["compressed_size"], settings["attention_reuse"]
     width = settings["hidden_size"]
     return model_class(AiluRusConfig(**settings, intermediate_size=4 * width, use_cls_token=False, keep_ratio=1.0))
 
@@ -159,6 +159,9 @@ def main(
     feature_weight: Annotated[float, typer.Option(help="Weight of the teacher's last tokens.")] = 0.0,
     compressed_size: Annotated[list[int], typer.Option(help="Drawn from in training; repeat for several.")] = SIZES,
     eval_size: Annotated[list[int], typer.Option(help="Evaluated at the end; repeat for several.")] = SIZES,
+    attention_reuse: Annotated[
+        Literal["weights", "logits"], typer.Option(help="What infusing takes from gathering.")
+    ] = "weights",
     size: Annotated[tuple[int, int], typer.Option(help="Height and width of the input in pixels.")] = (96, 128),
     patch_size: int = 8,
     hidden_size: int = 96,
@@ -182,6 +185,7 @@ def main(
     net = build(
         model, task, from_vit, hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=heads,
         patch_size=patch_size, image_size=size, compressed_sizes=compressed_size, compressed_size=max(compressed_size),
+        attention_reuse=attention_reuse,
         id2label=answers, label2id={name: index for index, name in answers.items()},
         semantic_loss_ignore_index=ignore_index, initializer_range=initializer_range,
     )  # fmt: skip
