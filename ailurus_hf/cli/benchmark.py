@@ -46,6 +46,7 @@ def benchmark(
     ] = "eager",
     train: Annotated[bool, typer.Option("--train", help="Time a training step.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="How often each variant is timed.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="How often each runs before that.")] = 2,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU.", show_default="PyTorch's")] = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -80,7 +81,7 @@ def benchmark(
         rows += measure(
             name, network, pixels, _budgets(network, keep_ratio, grouping, compressed_size), plain=plain,
             batch_size=batch, dtype=getattr(torch, dtype), device=target, attention=attention or (), mode=mode,
-            train=train, rounds=rounds,
+            train=train, rounds=rounds, warmup=warmup,
         )  # fmt: skip
         if csv_file is not None:
             _write_csv(rows, csv_file)
