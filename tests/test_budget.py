@@ -191,6 +191,7 @@ def test_tasks_have_budgets_of_their_own():
     assert found == {0.25: 9, 0.5: 18, 1.0: 36}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_models_follow():
     model = tiny_model(AiluRusModel, neighborhood_size=8)

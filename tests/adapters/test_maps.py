@@ -77,7 +77,7 @@ class TestMaps(FamilyTests):
                 "global_attn_indexes": [1, 3],
             },
         ),
-        Case("sam_vision", SamVisionModel, SamVisionConfig, SAM_VISION, square_images, compiled=True),
+        Case("sam_vision", SamVisionModel, SamVisionConfig, SAM_VISION, square_images),
         Case("sam_eager", SamVisionModel, partial(SamVisionConfig, attn_implementation="eager"), SAM_VISION,
              square_images),
         Case("sam", SamModel, partial(sam, SamConfig, {}), SAM_VISION, with_points),

@@ -99,7 +99,7 @@ def test_layers_that_peft_adds_are_counted():
     [
         ({}, [(40, 56)]),
         ({"flip": True}, [(40, 56)] * 2),
-        ({"scales": (0.5, 1), "flip": True}, [(20, 28)] * 2 + [(40, 56)] * 2),
+        pytest.param({"scales": (0.5, 1), "flip": True}, [(20, 28)] * 2 + [(40, 56)] * 2, marks=pytest.mark.slow),
         ({"sliding_window": True}, [(32, 32)] * 6),  # two rows of windows, at 0, 16, 24 along the width
         pytest.param({"sliding_window": True, "flip": True}, [(32, 32)] * 12, marks=pytest.mark.slow),
     ],

@@ -11,7 +11,7 @@ import pytest
 from tests.paths import ROOT
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which is for Linux")
-FAMILIES = ["density_peaks", "region_merging", "members", "models"]
+OPERATIONS = ["density_peaks", "region_merging", "members"]
 
 
 def run(*command, **environment):
@@ -29,17 +29,17 @@ def run(*command, **environment):
 
 
 @needs_triton
-@pytest.mark.parametrize("family", [*FAMILIES[:3], pytest.param("models", marks=pytest.mark.slow)])
-def test_in_the_interpreter(family):
-    """What stands in the file of that name, each test of which must pass."""
-    path = f"tests/kernels/interpreted_{family}.py"
+@pytest.mark.parametrize("families", [OPERATIONS, pytest.param(["models"], marks=pytest.mark.slow)], ids=len)
+def test_in_the_interpreter(families):
+    """What stands in the files of these names, each test of which must pass."""
+    paths = [f"tests/kernels/interpreted_{family}.py" for family in families]
     options = ("-q", "-n", "0", "-p", "no:cacheprovider", "--no-unexpected-skips")
-    run("-m", "pytest", *options, path, TRITON_INTERPRET="1")
+    run("-m", "pytest", *options, *paths, TRITON_INTERPRET="1")
 
 
 def test_every_file_of_tests_is_run():
     assert {path.stem for path in (ROOT / "tests/kernels").glob("interpreted_*.py")} == {
-        f"interpreted_{family}" for family in FAMILIES
+        f"interpreted_{family}" for family in [*OPERATIONS, "models"]
     }
 
 

@@ -108,6 +108,7 @@ def test_trainer_script_goes_on_after_a_kill(place, tmp_path, run):
     assert trainer_losses(tmp_path / "killed" / "checkpoint-8") == straight
 
 
+@pytest.mark.slow
 def test_loop_goes_on_after_a_kill(place, tmp_path, run):
     settings = ["--steps", 7, "--save_every", 3, "--batch_size", 2, "--accumulation", 2, "--layer_decay", 0.9]
     run(LOOP, *options(place, tmp_path / "straight", *settings))
